@@ -1,1 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Lightning callbacks, one a file."""
+
+from lightning_zeroprompt.callbacks.throughput import Throughput
+
+__all__ = ["Throughput"]

@@ -194,7 +194,9 @@ class Example:
         if self.options is None:
             return
         if len(self.options) < 2:
-            raise TaskError(f"{where}: {len(self.options)} option(s); a choice needs at least two, or null for free answers")
+            raise TaskError(
+                f"{where}: {len(self.options)} option(s); a choice needs at least two, or null for free answers"
+            )
         if self.outputs[0] not in self.options:
             raise TaskError(
                 f"{where}: the options {list(self.options[:6])!r} do not contain the answer {self.outputs[0]!r}"
