@@ -2,8 +2,8 @@
 """Tokens and examples a second, without a device synchronisation in every step.
 
 Counts stay on the device and are read once a logging interval, at a step that Lightning logs anyway. Lightning's own
-``ThroughputMonitor`` synchronises the GPU after every batch, which takes away the host's head start over the device; that is why
-this one exists. Time spent in validation is left out.
+``ThroughputMonitor`` synchronises the GPU after every batch, which takes away the host's head start over the device;
+that is why this one exists. Time spent in validation is left out.
 """
 
 import time
@@ -21,8 +21,9 @@ __all__ = ["Throughput"]
 class Throughput(pl.Callback):
     """Log ``throughput/tokens_per_second``, ``throughput/examples_per_second`` and ``throughput/seconds_per_step``.
 
-    Tokens are real tokens of encoder and decoder, padding not counted, over all data-parallel ranks (every rank is taken to
-    process as much as rank 0). Examples are those that :class:`lightning_zeroprompt.data.TaskDataModule` counts in its batches.
+    Tokens are real tokens of encoder and decoder, padding not counted, over all data-parallel ranks (every rank is
+    taken to process as much as rank 0). Examples are those that :class:`lightning_zeroprompt.data.TaskDataModule`
+    counts in its batches.
     """
 
     def __init__(self) -> None:
@@ -60,7 +61,7 @@ class Throughput(pl.Callback):
         self._steps += 1
         step = trainer.global_step
         # Under gradient accumulation several batches end at one step; the first of them has logged it.
-        if step == self._logged_step or step % trainer.log_every_n_steps:
+        if step == self._logged_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         self._logged_step = step
         tokens, examples = self._counts.tolist()  # the one synchronisation of the interval

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The records that every task source yields: Example, PromptTemplate, Task.
 
-A *task* is a set of examples that one instruction describes. An *example* holds the text of its input (and, where a source has
-more columns than one, named *fields*), every right output, and the answer options where the answer is a choice. A *template*
-turns an example into the text that a model reads: literal text around placeholders in ``str.format`` syntax, parsed once with
-:class:`string.Formatter`, never with regular expressions, and never evaluated (no attribute access, no indexing, no format
-specifications), so that a template from outside, or one that a search has evolved, is data and not code.
+A *task* is a set of examples that one instruction describes. An *example* holds the text of its input (and, where a
+source has more columns than one, named *fields*), every right output, and the answer options where the answer is a
+choice. A *template* turns an example into the text that a model reads: literal text around placeholders in
+``str.format`` syntax, parsed once with :class:`string.Formatter`, never with regular expressions, and never evaluated
+(no attribute access, no indexing, no format specifications), so that a template from outside, or one that a search
+has evolved, is data and not code.
 """
 
 import dataclasses
@@ -51,7 +52,8 @@ class PromptTemplate:
         verbalizer: Words that replace the task's labels, position by position, where the task has a closed label set.
         option_separator: Text between two options where ``{options}`` stands.
         role: ``"train"`` templates are drawn in training and evaluated; ``"heldout"`` wordings are evaluated only.
-        instruction: The part of ``text`` that says what to do, where the source knows it (for shuffled-instruction checks
+        instruction: The part of ``text`` that says what to do, where the source knows it (for shuffled-instruction
+        checks
             and for prompt search); empty otherwise.
     """
 
@@ -71,7 +73,7 @@ class PromptTemplate:
         with_options: bool = False,
         role: Literal["train", "heldout"] = "train",
     ) -> "PromptTemplate":
-        """Build the plain frame: the instruction (braces in it are literal), the input below it, then the options.
+        r"""Build the plain frame: the instruction (braces in it are literal), the input below it, then the options.
 
         Args:
             instruction: What to do, any text.
@@ -81,7 +83,7 @@ class PromptTemplate:
 
         Example:
             >>> PromptTemplate.from_instruction("Is it {good}?", name="a", with_options=True).text
-            'Is it {{good}}?\\n{input}\\nOptions: {options}'
+            'Is it {{good}}?\n{input}\nOptions: {options}'
         """
         literal = instruction.strip().replace("{", "{{").replace("}", "}}")
         tail = "\nOptions: {options}" if with_options else ""
@@ -112,8 +114,8 @@ class PromptTemplate:
                 continue
             if not field.isidentifier() or spec or conversion:
                 raise TaskError(
-                    f"template {self.name!r}: placeholder {field!r} is not a plain name; a placeholder is the name of a "
-                    "field and nothing else (no attributes, indices or formats)"
+                    f"template {self.name!r}: placeholder {field!r} is not a plain name; a placeholder is the name of "
+                    "a field and nothing else (no attributes, indices or formats)"
                 )
             if literal:
                 parts.append(Segment(literal, False))
@@ -216,7 +218,8 @@ class Task:
         role: Whether the source meant the task for training or for zero-shot evaluation.
         metric: How free answers are scored: ``"exact_match"`` or ``"rouge_l"``. Choices are always scored by accuracy.
         source: Where the task comes from, for people.
-        origin: ``"academic"``, ``"production"`` or ``"synthetic"`` (ZeroPrompt's task-scaling study adds production tasks).
+        origin: ``"academic"``, ``"production"`` or ``"synthetic"`` (ZeroPrompt's task-scaling study adds production
+        tasks).
         domain: Content domain, where known.
         language: Language tag of the input.
         licence: Licence of the examples.
@@ -244,7 +247,8 @@ class Task:
     training_allowed: bool = True
 
     def check(self) -> None:
-        """Refuse a task without an id, without templates, with two templates of one name, or one that may not be trained on.
+        """Refuse a task without an id, without templates, with two templates of one name, or one that may not be
+        trained on.
 
         Raises:
             TaskError: With the task's id and the remedy.
@@ -259,9 +263,11 @@ class Task:
         for template in self.templates:
             if not template.placeholders():
                 raise TaskError(
-                    f"task {self.task_id!r}: template {template.name!r} has no placeholder, so every example would read the same"
+                    f"task {self.task_id!r}: template {template.name!r} has no placeholder, so every example would "
+                    "read the same"
                 )
         if self.role == "train" and not self.training_allowed:
             raise TaskError(
-                f"task {self.task_id!r} ({self.source or 'source unstated'}) may not be used for training; give it role 'heldout'"
+                f"task {self.task_id!r} ({self.source or 'source unstated'}) may not be used for training; "
+                "give it role 'heldout'"
             )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimisers and learning-rate schedules of the text-to-text module.
 
-T0 and T5 finetune with Adafactor at a constant 1e-3; small models trained from nothing do better with AdamW, a short warm-up and
-a decay. Both optimisers are torch's own. A schedule is a pure function of the step, so that it can be drawn, tested and resumed
-without state.
+T0 and T5 finetune with Adafactor at a constant 1e-3; small models trained from nothing do better with AdamW, a short
+warm-up and a decay. Both optimisers are torch's own. A schedule is a pure function of the step, so that it can be
+drawn, tested and resumed without state.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ def test_schedules_warm_up_peak_and_never_leave_zero_to_one(schedule):
     assert max(factors) == pytest.approx(1.0)
     assert all(0 <= factor <= 1 for factor in factors)
     after = factors[20:]
-    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(after))
 
 
 def test_cosine_and_linear_end_at_the_final_fraction():

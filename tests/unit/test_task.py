@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ def test_segments_render_as_str_format_does(pieces):
     template = PromptTemplate(name="a", text=text)
     assert template.render(EXAMPLE) == text.format(input="in", title="T")
     kinds = [segment.is_placeholder for segment in template.segments()]
-    assert all(a or b for a, b in zip(kinds, kinds[1:], strict=False)), "two neighbouring literals were not merged"
+    assert all(a or b for a, b in itertools.pairwise(kinds)), "two neighbouring literals were not merged"
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def test_anything_but_a_plain_placeholder_is_refused(text):
 
 
 def test_an_unknown_placeholder_names_what_there_is():
-    with pytest.raises(TaskError, match="unknown placeholder 'titel'.*input, options, title"):
+    with pytest.raises(TaskError, match=r"unknown placeholder 'titel'.*input, options, title"):
         PromptTemplate(name="a", text="{titel}").render(EXAMPLE)
 
 
