@@ -247,8 +247,7 @@ class Task:
     training_allowed: bool = True
 
     def check(self) -> None:
-        """Refuse a task without an id, without templates, with two templates of one name, or one that may not be
-        trained on.
+        """Refuse a task without id or templates, with two templates of one name, or that may not be trained on.
 
         Raises:
             TaskError: With the task's id and the remedy.
