@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn tasks into a compiled folder: checked, split, tokenised and written once, then read by memory map.
+
+The work goes task by task. Each finished task is a part file in ``NAME.partial/``, named by a hash of the task's record
+and of everything that changes its content; a run that was killed finds its parts again, and the finished folder appears
+by one rename, so a folder under its final name is always whole. Parts are put together in task order, so the result is
+the same bit by bit for any number of workers, with or without a kill. Workers are threads: reading is Python, encoding
+is the tokeniser's own native code, which runs on all cores and lets Python go on meanwhile; processes would have to
+pickle the sources' closures.
+
+After an error in the data or on the disk the partial folder is removed; after a kill or an interrupt it stays for the
+next run.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from lightning_zeroprompt.data.corpus import (
+    ARRAYS,
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    Corpus,
+    CorpusError,
+    manifest_fingerprint,
+)
+from lightning_zeroprompt.data.shards import Limits, TaskPart, encode_task, read_part, task_record, write_part
+from lightning_zeroprompt.data.task import Example, Task, TaskError
+from lightning_zeroprompt.data.tokenizer import BpeTokenizer, TextTokenizer, load_tokenizer
+
+__all__ = ["BpeSpec", "check_tasks", "compile_tasks", "folder_lock"]
+
+_log = logging.getLogger(__name__)
+_MARKER = "compiling.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BpeSpec:
+    """Train a BPE on the tasks that are compiled.
+
+    Texts are a seeded sample, the same number of characters a task, of the training tasks only (held-out ones only
+    where there are no others), so that held-out text shapes nothing.
+
+    Attributes:
+        vocab_size: Upper limit of ids.
+        sample_chars: Characters to train on, in all; 40 million take about 25 s on two cores.
+    """
+
+    vocab_size: int = 32_000
+    sample_chars: int = 40_000_000
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Check the records of a corpus: each for itself, ids, and families on both sides.
+
+    Raises:
+        TaskError: No tasks, a task that cannot be used, an id that stands twice, or a family with training and held-out
+            tasks.
+    """
+    if not tasks:
+        raise TaskError("there are no tasks to compile; check the source's folder and filters")
+    seen: set[str] = set()
+    roles: dict[str, dict[str, str]] = {}
+    for task in tasks:
+        task.check()
+        if task.task_id in seen:
+            raise TaskError(f"two tasks have the id {task.task_id!r}; ids must be unique over all sources of a corpus")
+        seen.add(task.task_id)
+        sides = roles.setdefault(task.family, {})
+        sides.setdefault(task.role, task.task_id)
+        if len(sides) > 1:
+            raise TaskError(
+                f"family {task.family!r} is on both sides: task {sides['train']!r} trains and {sides['heldout']!r} is "
+                f"held out; "
+                "give both the same role, or different families if they share no data"
+            )
+
+
+def folder_lock(folder: Path) -> FileLock:
+    """The lock that a process holds while it compiles into ``folder``; the system frees it when the process dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.parent / f".{folder.name}.lock")
+
+
+@contextlib.contextmanager
+def _held(lock: FileLock, folder: Path) -> Iterator[None]:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _log.warning("another process compiles into %s; waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _examples(task: Task) -> list[Example]:
+    try:
+        return list(task.examples())
+    except UnicodeDecodeError as error:
+        raise TaskError(
+            f"task {task.task_id!r}: its source holds bytes that are not UTF-8 ({error.reason} at byte {error.start}); "
+            f"convert it first"
+        ) from None
+    except OSError as error:
+        raise TaskError(
+            f"task {task.task_id!r}: its source could not be read ({error}); check that the files are still there"
+        ) from None
+
+
+def _sample_texts(tasks: Sequence[Task], chars: int, seed: int, advance: Callable[[str], None]) -> Iterator[str]:
+    chosen = [task for task in tasks if task.role == "train"] or list(tasks)
+    budget = max(chars // len(chosen), 1)
+    for task in chosen:
+        for template in task.templates:
+            yield from (segment.text for segment in template.segments() if not segment.is_placeholder)
+            yield from template.verbalizer or ()
+        examples = _examples(task)
+        digest = hashlib.sha256(task.task_id.encode("utf-8", "surrogatepass")).digest()
+        order = np.random.default_rng([seed, 1, *digest[:8]]).permutation(len(examples))
+        used = 0
+        for row in order.tolist():
+            example = examples[row]
+            for text in (example.input, *example.fields.values(), *example.outputs, *(example.options or ())):
+                used += len(text)
+                # Lone surrogates are refused with the task's name when its part is made.
+                yield text[:budget].encode("utf-8", "replace").decode("utf-8")
+            if used >= budget:
+                break
+        advance(f"sample {task.task_id}")
+
+
+def _tokenizer(
+    spec: TextTokenizer | BpeSpec, tasks: Sequence[Task], seed: int, cache: Path, advance: Callable[[str], None]
+) -> TextTokenizer:
+    if not isinstance(spec, BpeSpec):
+        return spec
+    if cache.is_file():
+        return load_tokenizer(json.loads(cache.read_text(encoding="utf-8")))
+    trained = BpeTokenizer.train(_sample_texts(tasks, spec.sample_chars, seed, advance), spec.vocab_size)
+    _write_json(trained.state(), cache)
+    return trained
+
+
+def _write_json(content: Any, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _encode_all(
+    tasks: Sequence[Task],
+    tokenizer: TextTokenizer,
+    limits: Limits,
+    parts: Path,
+    num_workers: int,
+    advance: Callable[[str], None],
+) -> list[Path]:
+    base = json.dumps([FORMAT, tokenizer.fingerprint, dataclasses.asdict(limits)], sort_keys=True)
+
+    def encode(task: Task, examples: list[Example], path: Path) -> None:
+        write_part(encode_task(task, examples, tokenizer, limits), path)
+
+    paths = []
+    pending: collections.deque[tuple[str, Future[None]]] = collections.deque()
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+        for task in tasks:
+            key = hashlib.sha256((base + json.dumps(task_record(task), sort_keys=True)).encode("utf-8")).hexdigest()
+            path = parts / f"{key[:32]}.npz"
+            paths.append(path)
+            if path.exists() and read_part(path) is not None:
+                advance(f"found {task.task_id}")
+                continue
+            pending.append((task.task_id, pool.submit(encode, task, _examples(task), path)))
+            if len(pending) > num_workers:
+                done, future = pending.popleft()
+                future.result()
+                advance(done)
+        for done, future in pending:
+            future.result()
+            advance(done)
+    return paths
+
+
+def _concatenate(
+    parts: list[TaskPart],
+) -> tuple[dict[str, np.ndarray[Any, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Join parts without their tokens: arrays with global segment numbers, task records, template records."""
+    columns: dict[str, list[np.ndarray[Any, Any]]] = collections.defaultdict(list)
+    tasks: list[dict[str, Any]] = []
+    templates: list[dict[str, Any]] = []
+    segment = row = 0
+    for index, part in enumerate(parts):
+        for name, array in part.arrays.items():
+            if name in (
+                "row_first_segment",
+                "row_option_segment",
+                "template_codes",
+                "template_separator",
+                "template_verbalizer",
+            ):
+                # Negative entries are codes (no options, placeholders), not numbers of segments.
+                array = np.where(array < 0, array, array + segment)
+            columns[name].append(array)
+        tasks.append(part.info | {"index": index, "first_row": row, "first_template": len(templates)})
+        templates += [
+            template | {"index": len(templates) + i, "task": index} for i, template in enumerate(part.templates)
+        ]
+        segment += len(part.arrays["segment_lengths"])
+        row += int(part.info["num_rows"])
+    arrays = {name: np.concatenate(column) for name, column in columns.items()}
+    for lengths, offsets in (("segment_lengths", "segment_offsets"), ("template_code_lengths", "template_offsets")):
+        arrays[offsets] = np.concatenate([np.zeros(1, np.int64), np.cumsum(arrays.pop(lengths))])
+    return arrays, tasks, templates
+
+
+def _assemble(paths: Sequence[Path], final: Path, tokenizer: TextTokenizer, settings: Mapping[str, Any]) -> None:
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+
+    def load(path: Path, skip: tuple[str, ...] = ()) -> TaskPart:
+        part = read_part(path, skip)
+        if part is None:
+            raise CorpusError(f"{path} disappeared or was damaged while compiling; start the compilation again")
+        return part
+
+    arrays, tasks, templates = _concatenate([load(path, ("tokens",)) for path in paths])
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 65_536 else np.uint32)
+    count = int(arrays["segment_offsets"][-1])
+    with (final / "tokens.npy").open("wb") as file:
+        # Not open_memmap: on a full disk a mapped page kills the process, a write raises.
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for path in paths:
+            file.write(load(path).arrays["tokens"].astype(dtype).tobytes())
+    for name in ARRAYS[1:]:
+        with (final / f"{name}.npy").open("wb") as file:
+            np.save(file, arrays[name], allow_pickle=False)
+    _write_json(tokenizer.state(), final / TOKENIZER)
+    files = {}
+    for name in sorted([TOKENIZER, *(f"{name}.npy" for name in ARRAYS)]):
+        with (final / name).open("rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+        files[name] = {"bytes": (final / name).stat().st_size, "sha256": digest}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "settings": dict(settings),
+        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "counts": {
+            "tasks": len(tasks),
+            "rows": len(arrays["row_label"]),
+            "segments": len(arrays["segment_offsets"]) - 1,
+            "tokens": count,
+            **{name: sum(task[f"num_{name}"] for task in tasks) for name in ("truncated", "dropped", "capped")},
+        },
+        "files": files,
+        "tasks": tasks,
+        "templates": templates,
+    }
+    # Through JSON once, so that the hash is of what a reader will load.
+    manifest = json.loads(json.dumps(manifest))
+    _write_json(manifest | {"fingerprint": manifest_fingerprint(manifest)}, final / MANIFEST)
+
+
+def _open_partial(partial: Path, key: Mapping[str, Any]) -> None:
+    if partial.exists():
+        try:
+            found = json.loads((partial / _MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            if any(partial.iterdir()) if partial.is_dir() else True:
+                raise CorpusError(
+                    f"{partial} is in the way and was not left by a compilation; delete it or compile into another "
+                    f"folder"
+                ) from None
+            found = None
+        if found == key:
+            _log.info("taking up the compilation that was cut off in %s", partial)
+        elif found is not None:
+            _log.warning("%s was left by a compilation with other settings; its parts are discarded", partial)
+            shutil.rmtree(partial)
+    (partial / "parts").mkdir(parents=True, exist_ok=True)
+    _write_json(key, partial / _MARKER)
+
+
+@contextlib.contextmanager
+def _clear_errors(folder: Path, partial: Path) -> Iterator[None]:
+    """Turn disk errors into one clear error and leave nothing half-written after any error."""
+    try:
+        yield
+    except OSError as error:
+        used = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CorpusError(
+                f"the disk filled while compiling into {folder}: {used / 2**20:.1f} MiB were written (and are removed "
+                f"again); a "
+                "corpus needs about twice its size while it is compiled: free space, lower the caps, or use another "
+                "disk"
+            ) from error
+        raise CorpusError(f"could not write {folder}: {error}; check the folder's rights and the disk") from error
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _bar(show: bool, total: int) -> Iterator[Callable[[str], None]]:
+    if not show:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("compile"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, transient=True) as bar:
+        ticket = bar.add_task("", total=total)
+        yield lambda name: bar.update(ticket, advance=1, description=name[-48:].replace("[", "("))
+
+
+def compile_tasks(
+    tasks: Iterable[Task],
+    folder: str | Path,
+    *,
+    tokenizer: TextTokenizer | BpeSpec,
+    seed: int = 0,
+    max_input_tokens: int = 1024,
+    long_inputs: Literal["truncate", "drop"] = "truncate",
+    max_examples_per_task: int | None = None,
+    max_examples_per_class: int | None = None,
+    heldout_fraction: float = 0.05,
+    heldout_max: int = 50,
+    num_workers: int = 2,
+    progress: bool = True,
+    source: Mapping[str, Any] | None = None,
+) -> Corpus:
+    """Compile tasks into a new folder and open it.
+
+    Args:
+        tasks: In the order in which they will stand.
+        folder: Must not exist or be empty; appears only when it is whole.
+        tokenizer: A tokeniser, or how to train one on these tasks.
+        seed: Keys the instance hold-out, the caps and the BPE sample.
+        max_input_tokens: Longest field of an example, in tokens.
+        long_inputs: Cut longer fields at the end, or drop their examples; both are counted.
+        max_examples_per_task: Most training rows of a task, spread evenly over its classes, and most rows of a held-out
+            task.
+        max_examples_per_class: Most training rows of each class; replaces the limit above for tasks with a closed label
+            set.
+        heldout_fraction: Share of a training task's rows held out (instance hold-out).
+        heldout_max: Most held-out rows of a training task.
+        num_workers: Threads that encode while the calling one reads.
+        progress: Whether to show a bar.
+        source: JSON-like description of where the tasks come from, part of the settings and of the fingerprint.
+
+    Returns:
+        The opened corpus.
+
+    Raises:
+        TaskError: A task, example or template cannot be used; the message names it.
+        CorpusError: The folder is in use, or the disk is full or not writable.
+        ValueError: A limit that keeps nothing.
+    """
+    folder = Path(folder)
+    limits = Limits(
+        seed=seed,
+        max_input_tokens=max_input_tokens,
+        long_inputs=long_inputs,
+        max_examples_per_task=max_examples_per_task,
+        max_examples_per_class=max_examples_per_class,
+        heldout_fraction=heldout_fraction,
+        heldout_max=heldout_max,
+    )
+    settings = compile_settings(tokenizer, limits, source)
+    with _held(folder_lock(folder), folder):
+        return _compile(tuple(tasks), folder, tokenizer, limits, settings, num_workers, progress)
+
+
+def compile_settings(
+    tokenizer: TextTokenizer | BpeSpec, limits: Limits, source: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a manifest says under ``settings``; equal settings (and equal sources) give equal corpora."""
+    if isinstance(tokenizer, BpeSpec):
+        described: dict[str, Any] = {"kind": "bpe", **dataclasses.asdict(tokenizer)}
+    else:
+        described = {"kind": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+    settings = {**dataclasses.asdict(limits), "tokenizer": described, "source": dict(source or {})}
+    loaded: dict[str, Any] = json.loads(json.dumps(settings))
+    return loaded
+
+
+def _compile(
+    tasks: Sequence[Task],
+    folder: Path,
+    tokenizer: TextTokenizer | BpeSpec,
+    limits: Limits,
+    settings: Mapping[str, Any],
+    num_workers: int,
+    progress: bool,
+) -> Corpus:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = (
+            "already holds a compiled corpus"
+            if (folder / MANIFEST).is_file()
+            else "is not empty and holds no whole corpus"
+        )
+        raise CorpusError(f"{folder} {what}; delete it or compile into another folder")
+    check_tasks(tasks)
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        _open_partial(partial, {"settings": dict(settings)})
+    except OSError as error:
+        raise CorpusError(f"could not write {partial}: {error}; check the folder's rights and the disk") from error
+    sampled = sum(task.role == "train" for task in tasks) or len(tasks)
+    trains = isinstance(tokenizer, BpeSpec) and not (partial / TOKENIZER).is_file()
+    with _clear_errors(folder, partial), _bar(progress, len(tasks) + sampled * trains) as advance:
+        encoder = _tokenizer(tokenizer, tasks, limits.seed, partial / TOKENIZER, advance)
+        paths = _encode_all(tasks, encoder, limits, partial / "parts", num_workers, advance)
+        _assemble(paths, partial / "final", encoder, settings)
+        os.replace(partial / "final", folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    return Corpus.open(folder)
