@@ -117,7 +117,7 @@ class SoftPrompt(nn.Module):
         """
         if prompts.shape[1:] != self.unseen.shape[1:]:
             raise ValueError(
-                f"unseen prompts have shape {tuple(prompts.shape)}, expected [K, {self.length}, {self.unseen.shape[2]}]."
+                f"unseen prompts are {tuple(prompts.shape)}, expected [K, {self.length}, {self.unseen.shape[2]}]."
             )
         self.unseen = prompts.detach().to(self.unseen.device)
 
