@@ -42,7 +42,7 @@ from lightning_zeroprompt.data.shards import Limits, TaskPart, encode_task, read
 from lightning_zeroprompt.data.task import Example, Task, TaskError
 from lightning_zeroprompt.data.tokenizer import BpeTokenizer, TextTokenizer, load_tokenizer
 
-__all__ = ["BpeSpec", "check_tasks", "compile_tasks", "folder_lock"]
+__all__ = ["BpeSpec", "check_tasks", "compile_settings", "compile_tasks"]
 
 _log = logging.getLogger(__name__)
 _MARKER = "compiling.json"
@@ -90,14 +90,14 @@ def check_tasks(tasks: Sequence[Task]) -> None:
             )
 
 
-def folder_lock(folder: Path) -> FileLock:
-    """The lock that a process holds while it compiles into ``folder``; the system frees it when the process dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.parent / f".{folder.name}.lock")
-
-
 @contextlib.contextmanager
-def _held(lock: FileLock, folder: Path) -> Iterator[None]:
+def _held(folder: Path) -> Iterator[None]:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CorpusError(f"could not make {folder.parent}: {error}; check the path and its rights") from error
+    # The system frees this lock when its process dies, so a kill leaves nothing that would block the next run.
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -338,7 +338,7 @@ def _bar(show: bool, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def compile_tasks(
-    tasks: Iterable[Task],
+    tasks: Iterable[Task] | Callable[[], Iterable[Task]],
     folder: str | Path,
     *,
     tokenizer: TextTokenizer | BpeSpec,
@@ -352,12 +352,14 @@ def compile_tasks(
     num_workers: int = 2,
     progress: bool = True,
     source: Mapping[str, Any] | None = None,
+    existing: Literal["refuse", "reuse", "replace"] = "refuse",
 ) -> Corpus:
-    """Compile tasks into a new folder and open it.
+    """Compile tasks into a folder and open it.
 
     Args:
-        tasks: In the order in which they will stand.
-        folder: Must not exist or be empty; appears only when it is whole.
+        tasks: In the order in which they will stand, or a function that lists them, called only if there is something
+            to do.
+        folder: Appears only when it is whole. Processes that compile into one folder wait for each other.
         tokenizer: A tokeniser, or how to train one on these tasks.
         seed: Keys the instance hold-out, the caps and the BPE sample.
         max_input_tokens: Longest field of an example, in tokens.
@@ -371,6 +373,8 @@ def compile_tasks(
         num_workers: Threads that encode while the calling one reads.
         progress: Whether to show a bar.
         source: JSON-like description of where the tasks come from, part of the settings and of the fingerprint.
+        existing: What to do where the folder is in use: refuse; reuse a corpus of equal settings (and refuse another);
+            or reuse one of equal settings and replace a corpus of others. What is no corpus is never touched.
 
     Returns:
         The opened corpus.
@@ -391,8 +395,12 @@ def compile_tasks(
         heldout_max=heldout_max,
     )
     settings = compile_settings(tokenizer, limits, source)
-    with _held(folder_lock(folder), folder):
-        return _compile(tuple(tasks), folder, tokenizer, limits, settings, num_workers, progress)
+    with _held(folder):
+        found = _existing(folder, settings, existing)
+        if found is not None:
+            return found
+        listed = tuple(tasks() if callable(tasks) else tasks)
+        return _compile(listed, folder, tokenizer, limits, settings, num_workers, progress)
 
 
 def compile_settings(
@@ -408,6 +416,29 @@ def compile_settings(
     return loaded
 
 
+def _existing(folder: Path, settings: Mapping[str, Any], policy: str) -> Corpus | None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / MANIFEST).is_file():
+        raise CorpusError(f"{folder} is not empty and holds no whole corpus; delete it or compile into another folder")
+    if policy == "refuse":
+        raise CorpusError(f"{folder} already holds a compiled corpus; delete it or compile into another folder")
+    corpus = Corpus.open(folder)
+    if corpus.settings == settings:
+        return corpus
+    if policy == "reuse":
+        differing = sorted(key for key in settings if corpus.settings.get(key) != settings[key])
+        shown = "; ".join(
+            f"{key}: there {corpus.settings.get(key)!r}, asked for {settings[key]!r}" for key in differing
+        )
+        raise CorpusError(
+            f"{folder} holds a corpus of other settings ({shown}); delete it, replace it, or compile into another "
+            f"folder"
+        )
+    shutil.rmtree(folder)
+    return None
+
+
 def _compile(
     tasks: Sequence[Task],
     folder: Path,
@@ -417,13 +448,6 @@ def _compile(
     num_workers: int,
     progress: bool,
 ) -> Corpus:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = (
-            "already holds a compiled corpus"
-            if (folder / MANIFEST).is_file()
-            else "is not empty and holds no whole corpus"
-        )
-        raise CorpusError(f"{folder} {what}; delete it or compile into another folder")
     check_tasks(tasks)
     partial = folder.with_name(folder.name + ".partial")
     try:

@@ -90,7 +90,8 @@ class TaskInfo:
         num_templates: Number of templates.
         kind: ``"choice"`` where every row has options, else ``"generation"``.
         num_truncated: Rows with a field that was cut to the limit at compile time.
-        num_dropped: Rows left out because a field was too long.
+        num_dropped: Rows left out because a field was too long, or because all their options were one and the same
+            text.
         num_capped: Rows left out by the caps.
         mean_input_tokens: Mean tokens of all fields of a row together.
         mean_output_tokens: Mean tokens of a row's first output.

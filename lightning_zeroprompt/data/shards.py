@@ -245,10 +245,13 @@ def _checked(task: Task, examples: Sequence[Example]) -> tuple[list[Example], tu
         )
     checked = []
     for row, example in enumerate(examples):
-        if example.options is not None and len(set(example.options)) < len(example.options):
-            # An option that stands twice can be no right or wrong answer of its own.
-            example = dataclasses.replace(example, options=tuple(dict.fromkeys(example.options)))
         example.check(task.task_id, row)
+        if example.options is not None and len(set(example.options)) < len(example.options):
+            # An option that stands twice can be no right or wrong answer of its own; one that stands alone leaves no
+            # choice.
+            example = dataclasses.replace(example, options=tuple(dict.fromkeys(example.options)))
+            if len(example.options or ()) < 2:
+                continue
         if tuple(example.fields) != names and set(example.fields) != set(names):
             raise TaskError(
                 f"task {task.task_id!r}, example {row} has the fields {sorted(example.fields)}, example 0 has "
@@ -270,6 +273,8 @@ def _checked(task: Task, examples: Sequence[Example]) -> tuple[list[Example], tu
                         f"{error.start}); decode the source with its own encoding"
                     ) from None
         checked.append(example)
+    if not checked:
+        raise TaskError(f"task {task.task_id!r}: in every example all options are the same text; give different ones")
     return checked, (INPUT, *names)
 
 
@@ -339,15 +344,15 @@ def encode_task(task: Task, examples: Sequence[Example], tokenizer: TextTokenize
     labels = _labels(checked)
     is_choice = all(example.options is not None for example in checked)
     _check_templates(task, fields, labels, is_choice)
-    num_dropped = 0
+    num_dropped = len(examples) - len(checked)
     if limits.long_inputs == "drop":
         texts = [example.field(name) for example in checked for name in fields]
         sizes = np.fromiter(map(len, tokenizer.encode_batch(texts)), np.int64, len(texts)).reshape(-1, len(fields))
         fits = sizes.max(axis=1) <= limits.max_input_tokens
-        num_dropped = int((~fits).sum())
-        if num_dropped == len(checked):
+        num_dropped += int((~fits).sum())
+        if not fits.any():
             raise TaskError(
-                f"task {task.task_id!r}: all {num_dropped} examples are longer than "
+                f"task {task.task_id!r}: all {len(checked)} examples are longer than "
                 f"max_input_tokens={limits.max_input_tokens}; "
                 "raise the limit or use long_inputs='truncate'"
             )
