@@ -272,9 +272,9 @@ class T5(nn.Module):
     def compile_blocks(self) -> None:
         """Compile every layer in place, with fixed shapes (``torch.compile``).
 
-        Layers of a stack share one compiled graph, so this costs seconds where compiling the whole model costs minutes, and
-        names in the state dict stay as they are. Each new shape is compiled anew: run evaluation, whose shapes vary, under
-        ``torch.compiler.set_stance("force_eager")``.
+        Layers of a stack share one compiled graph, so this costs seconds where compiling the whole model costs minutes,
+        and names in the state dict stay as they are. Each new shape is compiled anew: run evaluation, whose shapes
+        vary, under ``torch.compiler.set_stance("force_eager")``.
         """
         for layer in (*self.encoder, *self.decoder):
             layer.compile(dynamic=False)
