@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_zeroprompt.models.attention import SelfAttention
+from lightning_zeroprompt.models.hf import state_dict_from_hf
 from lightning_zeroprompt.models.t5 import T5, T5Config
 
 BASES = ("ours", "hf-sdpa", "hf-eager", "hf-flex_attention")
@@ -132,7 +133,10 @@ def make_step(variant: str, config: T5Config, shape: Shape, device: str, dtype: 
     else:
         with torch.device("meta"):
             ours = T5(config)
-        ours.to(dtype).to_empty(device=device).init_weights(0)
+        with torch.device(device):
+            weights = build_peer(config, "eager").state_dict()
+        ours.load_state_dict(state_dict_from_hf(weights, config), assign=True)
+        ours.to(dtype)
         model = ours.train()
         if options & {"blocks", "flex"}:
             ours.compile_blocks()
@@ -243,6 +247,8 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
                 "speed_ratio": round(row["tokens_per_s"] / peer["tokens_per_s"], 3),
                 "speed_ratio_to_compiled_peer": round(row["tokens_per_s"] / peer_best["tokens_per_s"], 3),
                 "compiled_peer": peer_best["variant"],
+                # Equal weights and batch: the two must be the same function, up to bf16.
+                "first_loss_difference": round(row["first_loss"] - peer["first_loss"], 4),
                 "memory_ratio": round(row["peak_gib"] / peer["peak_gib"], 3) if peer["peak_gib"] else None,
             }
         ratios[size] = entry

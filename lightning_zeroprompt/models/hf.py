@@ -5,7 +5,7 @@ The two layouts differ in names and in that our projections of one input are one
 are easy to get wrong, because ``transformers`` has changed how it stores them:
 
 * *Is the head tied?* ``tie_word_embeddings`` said so until 4.x; 5.x writes ``true`` always and unties when the file
-  holds a head that differs from the embedding. Read here from the weights: tied if the file has no head or an equal one.
+  holds a head that differs from the embedding. Read here from the weights: tied if there is no head or an equal one.
 * *Is the head's input scaled?* 4.x: if ``tie_word_embeddings``; 5.x: ``scale_decoder_outputs``, which is derived from
   the former where it is absent. Read here in that order, and both keys are written.
 

@@ -269,7 +269,7 @@ class T5(nn.Module):
             else:
                 parameter.copy_(whole)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         """Compile every layer in place, with fixed shapes (``torch.compile``).
 
         Layers of a stack share one compiled graph, so this costs seconds where compiling the whole model costs minutes,

@@ -40,7 +40,7 @@ def peer_model(
     model = transformers.T5ForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norm weights of 1 and a tiny bias would hide a mix-up; larger projections would make attention ill-conditioned.
+            # Norm weights of 1 and a tiny bias would hide a mix-up; large projections are ill-conditioned.
             parameter.normal_(std=1.0 if "norm" in name or "relative" in name else 0.1)
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, 32))
