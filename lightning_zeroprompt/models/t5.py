@@ -230,7 +230,7 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw all parameters anew, in place, on any device, sharded (DTensor) or whole.
+        """Draw all parameters anew and clear buffers, in place, on any device, sharded (DTensor) or whole.
 
         The standard deviations are Mesh TensorFlow's (as in ``transformers``), but an untied head, and an embedding
         tied to an unscaled head, get ``d_model ** -0.5``, so that first logits are of order 1. Each tensor has its own
@@ -251,6 +251,9 @@ class T5(nn.Module):
                 (config.vocab_size, narrow if config.tie_head and not config.scale_decoder_outputs else 1.0)
             ],
         }
+        for buffer in self.buffers():
+            # ``to_empty`` leaves soft prompts' buffers undefined.
+            buffer.zero_()
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
@@ -406,7 +409,7 @@ class T5(nn.Module):
             raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
         memory = self.encode(input_ids, input_segments, task_ids)
         layers = [layer for layer in self.decoder if isinstance(layer, DecoderLayer)]
-        projected = [layer.cross_attention.project(memory) for layer in layers]
+        projected = [layer.project_memory(memory) for layer in layers]
         batch, config = len(memory), self.config
         cache = projected[0][0].new_zeros(len(layers), 2, batch, config.num_heads, max_new_tokens, config.d_kv)
         bias = self.decoder_bias(max_new_tokens, cache.dtype)
