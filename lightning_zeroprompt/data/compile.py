@@ -347,6 +347,7 @@ def compile_tasks(
     long_inputs: Literal["truncate", "drop"] = "truncate",
     max_examples_per_task: int | None = None,
     max_examples_per_class: int | None = None,
+    max_heldout_examples: int | None = None,
     heldout_fraction: float = 0.05,
     heldout_max: int = 50,
     num_workers: int = 2,
@@ -364,10 +365,10 @@ def compile_tasks(
         seed: Keys the instance hold-out, the caps and the BPE sample.
         max_input_tokens: Longest field of an example, in tokens.
         long_inputs: Cut longer fields at the end, or drop their examples; both are counted.
-        max_examples_per_task: Most training rows of a task, spread evenly over its classes, and most rows of a held-out
-            task.
+        max_examples_per_task: Most training rows of a task, spread evenly over its classes.
         max_examples_per_class: Most training rows of each class; replaces the limit above for tasks with a closed label
             set.
+        max_heldout_examples: Most rows of a held-out task.
         heldout_fraction: Share of a training task's rows held out (instance hold-out).
         heldout_max: Most held-out rows of a training task.
         num_workers: Threads that encode while the calling one reads.
@@ -391,6 +392,7 @@ def compile_tasks(
         long_inputs=long_inputs,
         max_examples_per_task=max_examples_per_task,
         max_examples_per_class=max_examples_per_class,
+        max_heldout_examples=max_heldout_examples,
         heldout_fraction=heldout_fraction,
         heldout_max=heldout_max,
     )

@@ -48,10 +48,10 @@ class Limits:
         seed: Keys every draw together with the task's id.
         max_input_tokens: Longest field, in tokens.
         long_inputs: Cut the end of a longer field, or drop its row.
-        max_examples_per_task: Most training rows of a task (in all, spread evenly over its classes) and most rows of a
-            held-out task.
+        max_examples_per_task: Most training rows of a task, spread evenly over its classes.
         max_examples_per_class: Most training rows of a class, for tasks with classes; takes the place of the limit
             above there.
+        max_heldout_examples: Most rows of a held-out task.
         heldout_fraction: Share of a training task's rows that is held out.
         heldout_max: Most held-out rows of a training task.
     """
@@ -61,6 +61,7 @@ class Limits:
     long_inputs: Literal["truncate", "drop"] = "truncate"
     max_examples_per_task: int | None = None
     max_examples_per_class: int | None = None
+    max_heldout_examples: int | None = None
     heldout_fraction: float = 0.05
     heldout_max: int = 50
 
@@ -70,7 +71,7 @@ class Limits:
         Raises:
             ValueError: With the name, the value and what it must be.
         """
-        for name in ("max_input_tokens", "max_examples_per_task", "max_examples_per_class"):
+        for name in ("max_input_tokens", "max_examples_per_task", "max_examples_per_class", "max_heldout_examples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(
@@ -177,7 +178,7 @@ def plan_rows(
     rng = _generator(limits.seed, task_id)
     order = rng.permutation(count)
     if role == "heldout":
-        kept = np.sort(order[: limits.max_examples_per_task])
+        kept = np.sort(order[: limits.max_heldout_examples])
         return RowPlan(kept, 0, (), count - len(kept))
     target = min(round(limits.heldout_fraction * count), limits.heldout_max)
     if not target and count >= 20 and limits.heldout_fraction and limits.heldout_max:
