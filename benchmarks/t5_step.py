@@ -35,8 +35,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from lightning_zeroprompt.models.attention import SelfAttention
+from lightning_zeroprompt.models import t5
+from lightning_zeroprompt.models.attention import SelfAttention, segment_mask
 from lightning_zeroprompt.models.hf import state_dict_from_hf
 from lightning_zeroprompt.models.t5 import T5, T5Config
 
@@ -46,7 +48,7 @@ DEFAULT = (
     "hf-sdpa,hf-eager,ours,ours+packed,"  # seconds each; those that compile for long come last
     "ours+blocks,ours+packed+blocks,ours+compiled,hf-sdpa+compiled,ours+graphs"
 )
-EXTRA = "ours+flex,ours+math,ours+cudnn,hf-flex_attention,hf-eager+compiled"
+EXTRA = "ours+flex,ours+packed+flex,ours+math,ours+cudnn,hf-flex_attention,hf-eager+compiled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +87,35 @@ def build_peer(config: T5Config, attention: str) -> nn.Module:
     return model
 
 
+BLOCK_MASKS: dict[int, Any] = {}
+"""FlexAttention's block mask of the packed rows of the variant at hand, by row length; empty: plain rows."""
+
+
 def flex_output(self: SelfAttention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Stand in for ``SelfAttention._output``: the bias enters through a score_mod, no mask kernel."""
-    from torch.nn.attention.flex_attention import flex_attention
+    """Stand in for ``SelfAttention._output``: the bias enters through a score_mod, segments through a block mask."""
 
     def score_mod(score: Tensor, _b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + bias[0, head, i, j]
 
-    out = flex_attention(query, key, value, score_mod=score_mod, scale=1.0)
+    block_mask = BLOCK_MASKS.get(query.shape[2])
+    out = flex_attention(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=1.0)
     projected: Tensor = self.o(out.transpose(1, 2).flatten(2))
     return projected
+
+
+def flex_segment_mask(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stand in for ``segment_mask``: self-attention's segments are in the block mask already."""
+    if queries is keys:
+        return torch.zeros(1, 1, 1, 1, dtype=dtype, device=keys.device)
+    return segment_mask(queries, keys, dtype)
+
+
+def block_mask_of(segments: Tensor) -> Any:
+    def same(b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return segments[b, i] == segments[b, j]
+
+    rows, length = segments.shape
+    return create_block_mask(same, rows, None, length, length, device=segments.device)
 
 
 @contextlib.contextmanager
@@ -108,6 +129,8 @@ def attention_of(options: set[str]) -> Iterator[None]:
             )
         if "flex" in options:
             stack.enter_context(mock.patch.object(SelfAttention, "_output", flex_output))
+            stack.enter_context(mock.patch.object(t5, "segment_mask", flex_segment_mask))
+            stack.callback(BLOCK_MASKS.clear)
         yield
 
 
@@ -151,6 +174,8 @@ def make_step(variant: str, config: T5Config, shape: Shape, device: str, dtype: 
                 .expand(shape.batch, length)
                 for side, length in (("input", shape.inputs), ("decoder", shape.targets))
             }
+            if "flex" in options:
+                BLOCK_MASKS.update({rows.shape[1]: block_mask_of(rows) for rows in segments.values()})
 
         def forward() -> Tensor:
             logits = called(inputs, shifted, **segments)
