@@ -121,6 +121,7 @@ class EvaluationCell:
         index: Position in :attr:`EvaluationPlan.cells`; the row of the score tables.
         sample: Index of the :class:`TaskSample`.
         template: The task's own template (global index).
+        template_name: Its name.
         shown_template: The template that is read: another one where instructions are shuffled.
         wording: ``"heldout"`` where training never draws the template.
     """
@@ -128,6 +129,7 @@ class EvaluationCell:
     index: int
     sample: int
     template: int
+    template_name: str
     shown_template: int
     wording: Literal["train", "heldout"]
 
@@ -286,7 +288,12 @@ def plan_evaluation(
     kept = [(sample, own, other) for (sample, own), other in zip(pairs, shown, strict=True) if other is not None]
     cells = tuple(
         EvaluationCell(
-            index=index, sample=sample, template=own, shown_template=other, wording=corpus.templates[own].role
+            index=index,
+            sample=sample,
+            template=own,
+            template_name=corpus.templates[own].name,
+            shown_template=other,
+            wording=corpus.templates[own].role,
         )
         for index, (sample, own, other) in enumerate(kept)
     )
