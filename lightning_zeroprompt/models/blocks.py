@@ -139,6 +139,10 @@ class DecoderLayer(nn.Module):
         out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return out
 
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-attention's keys and values ``[B, heads, Le, d_kv]`` of ``memory`` ``[B, Le, d_model]``."""
+        return self.cross_attention.project(memory)
+
     def step(
         self,
         x: Tensor,
