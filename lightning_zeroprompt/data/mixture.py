@@ -18,6 +18,7 @@ mixing (arXiv 1910.10683).
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ _OFFSETS = np.array([int(f"{number:08b}"[::-1], 2) for number in range(_PERIOD)]
 _CARRIES = np.zeros((_PERIOD + 1, _PERIOD), dtype=np.int64)
 _CARRIES[1:] = np.cumsum(_OFFSETS[:, None] + np.arange(_PERIOD) >= _PERIOD, axis=0)
 _LARGEST_BLOCK = 1 << 16
+_NO_LIMIT = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,24 +212,23 @@ class Mixture:
 
     def _read_classes(self, tasks: Sequence["TaskInfo"]) -> None:
         """Lay the classes of all tasks end to end: first row, rows, rows used."""
-        first, size, cap, counts = [], [], [], []
         for task in tasks:
             if task.role != "train" or task.num_train_rows < 1:
                 raise ValueError(
                     f"task {task.task_id!r} (role {task.role!r}) has {task.num_train_rows} training rows; leave it out"
                 )
-            limit = self.settings.max_per_task if task.labels is None else self.settings.max_per_class
-            sizes = np.asarray(task.class_counts, dtype=np.int64)
-            starts = task.first_row + np.cumsum(sizes) - sizes
-            used = sizes > 0
-            first.append(starts[used])
-            size.append(sizes[used])
-            cap.append(sizes[used] if limit is None else np.minimum(sizes[used], limit))
-            counts.append(int(used.sum()))
-        self._class_row = np.concatenate(first)
-        self._class_size = np.concatenate(size)
-        self._class_cap = np.concatenate(cap)
-        self._num_classes = np.asarray(counts, dtype=np.int64)
+        settings = self.settings
+        sizes = np.asarray(list(itertools.chain.from_iterable(task.class_counts for task in tasks)), dtype=np.int64)
+        owner = np.repeat(np.arange(len(tasks)), [len(task.class_counts) for task in tasks])
+        before = np.cumsum(sizes) - sizes
+        first_row = np.asarray([task.first_row for task in tasks], dtype=np.int64)
+        start = first_row[owner] + before - before[np.searchsorted(owner, owner)]
+        limits = [settings.max_per_task if task.labels is None else settings.max_per_class for task in tasks]
+        cap = np.asarray([_NO_LIMIT if limit is None else limit for limit in limits], dtype=np.int64)[owner]
+        used = sizes > 0
+        self._class_row, self._class_size = start[used], sizes[used]
+        self._class_cap = np.minimum(sizes, cap)[used]
+        self._num_classes = np.bincount(owner[used], minlength=len(tasks))
         self._first_class = np.cumsum(self._num_classes) - self._num_classes
         self._cap_ends = np.cumsum(self._class_cap)
         self._cap_start = (self._cap_ends - self._class_cap)[self._first_class]

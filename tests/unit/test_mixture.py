@@ -97,7 +97,7 @@ def test_permute_takes_different_sizes_at_once_and_does_not_depend_on_company():
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_every_order_of_a_short_list_is_equally_likely(size):
-    """Chi-square over all orders, 60,000 keys: the mean is the degrees of freedom, the limit 6 standard deviations above."""
+    """Chi-square over all orders of 60,000 keys, at most 6 standard deviations above its mean."""
     keys = mix64(np.arange(60_000, dtype=np.uint64))
     moved = permute(size, keys[:, None], np.arange(size)[None], rounds=SHORT)
     counts = Counter(map(tuple, moved.tolist()))
@@ -259,7 +259,7 @@ def test_the_curriculum_mixes_the_tasks_of_its_phases():
     assert set(task[350:].tolist()) == {0, 1, 2, 3}
     assert mixture.phases == ((0, 100), (100, 250), (350, None))
     assert mixture.targets(1).tolist() == pytest.approx([0.5, 0, 0, 0.5])
-    assert mixture.realised(100, 250).tolist() == [125, 0, 0, 125] or abs(mixture.realised(100, 250)[0] - 125) < 6
+    assert mixture.realised(100, 250)[1:3].tolist() == [0, 0]
 
 
 def test_fingerprints_tell_everything_apart_that_changes_draws():
@@ -301,7 +301,7 @@ def test_tasks_that_cannot_be_trained_on_are_not_selected():
     with pytest.raises(ValueError, match="asked for 0"):
         select_tasks(tasks, 0)
     data.tasks = tasks
-    with pytest.raises(ValueError, match="'task1' .role 'heldout'. has 0 training rows"):
+    with pytest.raises(ValueError, match=r"'task1' .role 'heldout'. has 0 training rows"):
         Mixture(data, [0, 1])
 
 
@@ -332,8 +332,8 @@ def test_mixtures_that_cannot_be_are_refused():
         Mixture(data, [0], settings=MixtureSettings(task_weights=(1, 1)))
     with pytest.raises(ValueError, match="phase 0 of the curriculum names none of the 1"):
         Mixture(data, [0], settings=MixtureSettings(curriculum=((5, (1,)),)))
+    settings = MixtureSettings(max_per_task=None, temperature=1, block_size=16)
     with pytest.raises(ValueError, match="task 0 has the share"):
-        settings = MixtureSettings(max_per_task=None, temperature=1, block_size=16)
         Mixture(data, [0, 1], settings=settings)
     with pytest.raises(ValueError, match="not negative"):
         Mixture(data, [0]).draws(-1, 5)
