@@ -95,12 +95,13 @@ def _grouped(tasks: Sequence[TaskInfo], key: Callable[[TaskInfo], str]) -> list[
 
 
 def _table(title: str, tasks: Sequence[TaskInfo], key: Callable[[TaskInfo], str]) -> Any:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(title.split()[-1], overflow="fold")
-    for name in ("train tasks", "held out", "train rows", "held-out rows", "tokens in", "tokens out", "cut", "dropped"):
-        table.add_column(name, justify="right")
+    for name in ("tasks", "held out", "rows", "held out", "in", "out", "cut", "dropped"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, members in [*_grouped(tasks, key), ("all", list(tasks))]:
         rows = sum(task.num_rows for task in members)
         train = sum(task.num_train_rows for task in members)
@@ -127,7 +128,9 @@ def _describe(args: argparse.Namespace) -> None:
     console.print(
         f"{counts['rows']:,} rows, {counts['tokens']:,} tokens in {counts['segments']:,} segments; tokeniser "
         f"{tokenizer['name']} "
-        f"({tokenizer['vocab_size']:,} ids); left out by caps: {counts['capped']:,}",
+        f"({tokenizer['vocab_size']:,} ids); left out by caps: {counts['capped']:,}. Below: training and held-out "
+        f"tasks and rows, mean tokens "
+        "of inputs and first outputs, rows cut and dropped for their length.",
         highlight=False,
     )
     for title, key in (

@@ -46,6 +46,8 @@ __all__ = ["BpeSpec", "check_tasks", "compile_settings", "compile_tasks"]
 
 _log = logging.getLogger(__name__)
 _MARKER = "compiling.json"
+# About 1 KB each; made-up tasks cost more to make twice than to keep.
+_KEPT_EXAMPLES = 400_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,6 +111,25 @@ def _held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+class _Reader:
+    """Reads tasks' examples; what the BPE sample has read is kept for the encoding, as far as memory should go."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, list[Example]] = {}
+        self._room = _KEPT_EXAMPLES
+
+    def sample(self, task: Task) -> list[Example]:
+        examples = _examples(task)
+        if len(examples) <= self._room:
+            self._room -= len(examples)
+            self._kept[task.task_id] = examples
+        return examples
+
+    def take(self, task: Task) -> list[Example]:
+        kept = self._kept.pop(task.task_id, None)
+        return _examples(task) if kept is None else kept
+
+
 def _examples(task: Task) -> list[Example]:
     try:
         return list(task.examples())
@@ -123,14 +144,16 @@ def _examples(task: Task) -> list[Example]:
         ) from None
 
 
-def _sample_texts(tasks: Sequence[Task], chars: int, seed: int, advance: Callable[[str], None]) -> Iterator[str]:
+def _sample_texts(
+    tasks: Sequence[Task], reader: _Reader, chars: int, seed: int, advance: Callable[[str], None]
+) -> Iterator[str]:
     chosen = [task for task in tasks if task.role == "train"] or list(tasks)
     budget = max(chars // len(chosen), 1)
     for task in chosen:
         for template in task.templates:
             yield from (segment.text for segment in template.segments() if not segment.is_placeholder)
             yield from template.verbalizer or ()
-        examples = _examples(task)
+        examples = reader.sample(task)
         digest = hashlib.sha256(task.task_id.encode("utf-8", "surrogatepass")).digest()
         order = np.random.default_rng([seed, 1, *digest[:8]]).permutation(len(examples))
         used = 0
@@ -146,13 +169,18 @@ def _sample_texts(tasks: Sequence[Task], chars: int, seed: int, advance: Callabl
 
 
 def _tokenizer(
-    spec: TextTokenizer | BpeSpec, tasks: Sequence[Task], seed: int, cache: Path, advance: Callable[[str], None]
+    spec: TextTokenizer | BpeSpec,
+    tasks: Sequence[Task],
+    reader: _Reader,
+    seed: int,
+    cache: Path,
+    advance: Callable[[str], None],
 ) -> TextTokenizer:
     if not isinstance(spec, BpeSpec):
         return spec
     if cache.is_file():
         return load_tokenizer(json.loads(cache.read_text(encoding="utf-8")))
-    trained = BpeTokenizer.train(_sample_texts(tasks, spec.sample_chars, seed, advance), spec.vocab_size)
+    trained = BpeTokenizer.train(_sample_texts(tasks, reader, spec.sample_chars, seed, advance), spec.vocab_size)
     _write_json(trained.state(), cache)
     return trained
 
@@ -165,6 +193,7 @@ def _write_json(content: Any, path: Path) -> None:
 
 def _encode_all(
     tasks: Sequence[Task],
+    reader: _Reader,
     tokenizer: TextTokenizer,
     limits: Limits,
     parts: Path,
@@ -186,7 +215,7 @@ def _encode_all(
             if path.exists() and read_part(path) is not None:
                 advance(f"found {task.task_id}")
                 continue
-            pending.append((task.task_id, pool.submit(encode, task, _examples(task), path)))
+            pending.append((task.task_id, pool.submit(encode, task, reader.take(task), path)))
             if len(pending) > num_workers:
                 done, future = pending.popleft()
                 future.result()
@@ -459,8 +488,9 @@ def _compile(
     sampled = sum(task.role == "train" for task in tasks) or len(tasks)
     trains = isinstance(tokenizer, BpeSpec) and not (partial / TOKENIZER).is_file()
     with _clear_errors(folder, partial), _bar(progress, len(tasks) + sampled * trains) as advance:
-        encoder = _tokenizer(tokenizer, tasks, limits.seed, partial / TOKENIZER, advance)
-        paths = _encode_all(tasks, encoder, limits, partial / "parts", num_workers, advance)
+        reader = _Reader()
+        encoder = _tokenizer(tokenizer, tasks, reader, limits.seed, partial / TOKENIZER, advance)
+        paths = _encode_all(tasks, reader, encoder, limits, partial / "parts", num_workers, advance)
         _assemble(paths, partial / "final", encoder, settings)
         os.replace(partial / "final", folder)
     shutil.rmtree(partial, ignore_errors=True)
