@@ -39,6 +39,9 @@ from lightning_zeroprompt.models.t5_config import T5Config
 
 __all__ = ["T5", "T5Config"]
 
+_LOGITS_AT_ONCE = 2**25
+"""Logits that scoring options holds at a time: 128 MiB in float32."""
+
 
 class T5(nn.Module):
     """A T5 encoder-decoder.
@@ -229,11 +232,17 @@ class T5(nn.Module):
         """
         groups = OptionGroups.from_examples(option_example, memory.shape[0])
         x = self._decoder_hidden(_shift_right(option_labels), memory, memory_segments, None, groups)
-        logits = self.head(x, self.shared.weight)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), option_labels.flatten(), ignore_index=-100, reduction="none"
-        )
-        return -losses.view(option_labels.shape).sum(1), (option_labels != -100).sum(1)
+        real = option_labels != -100
+        hidden, targets = x[real], option_labels[real]
+        # Logits of all options at once would be the largest tensor of an evaluation.
+        rows = max(1, _LOGITS_AT_ONCE // self.config.vocab_size)
+        losses = [
+            F.cross_entropy(self.head(part, self.shared.weight).float(), part_targets, reduction="none")
+            for part, part_targets in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        logprobs = torch.zeros(option_labels.shape, device=x.device)
+        logprobs[real] = -torch.cat(losses)
+        return logprobs.sum(1), real.sum(1)
 
     @torch.no_grad()
     def generate(

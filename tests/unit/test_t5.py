@@ -182,8 +182,11 @@ def test_generation_stops_when_all_rows_have_ended() -> None:
         model.generate(ids, None, 0)
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_option_scores_equal_one_forward_per_option(padded: bool) -> None:
+@pytest.mark.parametrize(("padded", "logits_at_once"), [(True, 2**25), (False, 2**25), (True, 5 * VOCAB), (True, 1)])
+def test_option_scores_equal_one_forward_per_option(
+    padded: bool, logits_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(t5_module, "_LOGITS_AT_ONCE", logits_at_once)
     model = tiny(3, absolute_positions=True, max_positions=5)
     ids = random_ids(5, 18)
     lengths = torch.tensor([18, 4, 9, 1, 13]) if padded else torch.full((5,), 18)
