@@ -236,8 +236,8 @@ def builtin_tasks(
 def curriculum_stage(task_id: str) -> int:
     """When a curriculum lets a built-in task in: stage 0, 1 or 2.
 
-    Stage 0 is copying, position and length; 1 aggregation, membership and look-up; 2 the rest. Yes / no tasks are of
-    stage 2 whatever their operation: they are learnt last.
+    Stage 0 is copying, position and length; 1 parts, order, and what turns on the kinds of words; 2 the rest. Yes / no
+    tasks are of stage 2 whatever their operation: they are learnt last.
 
     Args:
         task_id: Id of a built-in task.
@@ -246,7 +246,7 @@ def curriculum_stage(task_id: str) -> int:
         TaskError: It is not one.
 
     Example:
-        >>> [curriculum_stage(task) for task in ("first.food.free.3", "repeated.tool.options.3", "first.food.verify.3")]
+        >>> [curriculum_stage(task) for task in ("first.food.free.3", "pick.tool.options.3", "first.food.verify.3")]
         [0, 1, 2]
     """
     operation, _, rest = task_id.partition(".")

@@ -27,6 +27,8 @@ Wrong = Callable[[Scene, str], tuple[str, ...]]
 
 _ALL = tuple(DOMAINS)
 _FEW = _ALL[:4]
+_EVEN = _ALL[::2]
+_NUMBER = ("number",)
 _DATES = ("day", "month")
 
 
@@ -75,7 +77,7 @@ def _from_amounts(scene: Scene, domain: str) -> tuple[str, ...]:
 
 def _from_kinds(scene: Scene, domain: str) -> tuple[str, ...]:
     """The kinds in the list, and the one that follows the task's domain by two."""
-    return (*dict.fromkeys(scene.keys), _ALL[(_ALL.index(domain) + 2) % len(_ALL)])
+    return (*dict.fromkeys(scene.kinds), _ALL[(_ALL.index(domain) + 2) % len(_ALL)])
 
 
 def _from_outside(scene: Scene, domain: str) -> tuple[str, ...]:
@@ -121,7 +123,7 @@ def _beside(step: int) -> Answer:
 
 def _beside_kind(step: int) -> Answer:
     def answer(scene: Scene, domain: str) -> str | None:
-        position = scene.keys.index(domain) + step
+        position = scene.kinds.index(domain) + step
         return scene.items[position] if 0 <= position < len(scene.items) else None
 
     return answer
@@ -140,19 +142,41 @@ def _count_query(scene: Scene, domain: str) -> str:
 
 
 def _count_kind(scene: Scene, domain: str) -> str:
-    return NUMBERS[scene.keys.count(domain) - 1]
+    return NUMBERS[scene.kinds.count(domain) - 1]
 
 
 def _of_kind(scene: Scene, domain: str) -> str:
-    return scene.items[scene.keys.index(domain)]
+    return scene.items[scene.kinds.index(domain)]
+
+
+def _edge_of_kind(position: int) -> Answer:
+    return lambda scene, domain: [w for w, kind in zip(scene.items, scene.kinds, strict=True) if kind == domain][
+        position
+    ]
+
+
+def _all_of_kind(scene: Scene, domain: str) -> str:
+    return _join(tuple(word for word, kind in zip(scene.items, scene.kinds, strict=True) if kind == domain))
+
+
+def _place_of_kind(scene: Scene, domain: str) -> str:
+    return NUMBERS[scene.kinds.index(domain)]
+
+
+def _key_of_kind(scene: Scene, domain: str) -> str:
+    return scene.keys[scene.kinds.index(domain)]
+
+
+def _kind_by_frequency(rank: int) -> Answer:
+    return lambda scene, domain: Counter(scene.kinds).most_common()[rank][0]
 
 
 def _odd(scene: Scene, domain: str) -> str:
-    return next(item for item, kind in zip(scene.items, scene.keys, strict=True) if kind != domain)
+    return next(item for item, kind in zip(scene.items, scene.kinds, strict=True) if kind != domain)
 
 
 def _kind_at(position: int) -> Answer:
-    return lambda scene, domain: scene.keys[position]
+    return lambda scene, domain: scene.kinds[position]
 
 
 def _shared(scene: Scene, domain: str) -> str:
@@ -230,7 +254,7 @@ def rule_labels(domain: str) -> tuple[str, str]:
 
 
 def _rule(position: int) -> Answer:
-    return lambda scene, domain: rule_labels(domain)[scene.keys[position] != domain]
+    return lambda scene, domain: rule_labels(domain)[scene.kinds[position] != domain]
 
 
 def _from_rule(scene: Scene, domain: str) -> tuple[str, ...]:
@@ -238,7 +262,7 @@ def _from_rule(scene: Scene, domain: str) -> tuple[str, ...]:
 
 
 def _if_kind(kept: int, otherwise: int) -> Answer:
-    return lambda scene, domain: scene.items[kept if scene.keys[0] == domain else otherwise]
+    return lambda scene, domain: scene.items[kept if scene.kinds[0] == domain else otherwise]
 
 
 def _others(scene: Scene, domain: str) -> str:
@@ -252,6 +276,14 @@ def _replaced(position: int) -> Answer:
         return _join(tuple(words))
 
     return answer
+
+
+def _rotated(start: int) -> Answer:
+    return lambda scene, domain: _join((*scene.items[start:], *scene.items[:start]))
+
+
+def _ends(scene: Scene, domain: str) -> str:
+    return _join((scene.items[0], scene.items[-1]))
 
 
 def _swapped(scene: Scene, domain: str) -> str:
@@ -268,42 +300,59 @@ def _op(
 
 _FREE: tuple[Form, ...] = ("free",)
 _CHOICE: tuple[Form, ...] = ("options",)
+_ALL_FORMS: tuple[Form, ...] = ("free", "options", "verify")
 
 OPERATIONS: dict[str, Operation] = dict(
     (
-        _op("first", "position", "plain", _at(0), _from_list, 0, forms=("free", "options", "verify")),
-        _op("second", "position", "plain", _at(1), _from_list, 0),
-        _op("third", "position", "plain", _at(2), _from_list, 0, lengths=(4,)),
-        _op("last", "position", "plain", _at(-1), _from_list, 0, forms=("free", "options", "verify")),
+        _op("first", "position", "plain", _at(0), _from_list, 0, forms=_ALL_FORMS, lengths=(3, 4, 5)),
+        _op("second", "position", "plain", _at(1), _from_list, 0, lengths=(3, 4, 5)),
+        _op("third", "position", "plain", _at(2), _from_list, 0, lengths=(4, 5)),
+        _op("fourth", "position", "plain", _at(3), _from_list, 0, lengths=(5,)),
+        _op("last", "position", "plain", _at(-1), _from_list, 0, forms=_ALL_FORMS, lengths=(3, 4, 5)),
         _op("copy", "copy", "plain", _part(0, None), _from_list, 0, forms=_FREE, lengths=(2, 3, 4)),
         _op("count_words", "counting", "varied", _count_list, _from_counts, 0, lengths=(5,)),
+        _op("count_kind", "counting", "two_kinds", _count_kind, _from_counts, 1, lengths=(3, 4, 5)),
         _op("first_two", "parts", "plain", _part(0, 2), _from_list, 1, forms=_FREE),
         _op("last_two", "parts", "plain", _part(-2, None), _from_list, 1, forms=_FREE),
-        _op("after", "neighbours", "asked", _beside(1), _from_list, 1),
-        _op("before", "neighbours", "asked", _beside(-1), _from_list, 1),
-        _op("repeated", "frequency", "repeated", _by_frequency(0), _from_list, 1),
-        _op("single", "frequency", "repeated", _by_frequency(1), _from_list, 1),
+        _op("first_three", "parts", "plain", _part(0, 3), _from_list, 1, forms=_FREE, lengths=(4,)),
+        _op("last_three", "parts", "plain", _part(-3, None), _from_list, 1, forms=_FREE, lengths=(4,)),
+        _op("ends", "parts", "plain", _ends, _from_list, 1, forms=_FREE),
         _op("pick", "selection", "mixed", _of_kind, _from_list, 1, variants=(0, 1)),
-        _op("shared", "membership", "two_lists", _shared, _from_query, 1),
-        _op("new", "membership", "two_lists", _new, _from_query, 1),
-        _op("present", "membership", "plain", _query, _from_outside, 1, forms=("options", "verify")),
-        _op("absent", "membership", "plain", _first_outside, _from_list, 1, forms=_CHOICE),
-        _op("value_of", "records", "records", _value_of, _from_list, 1, lengths=(2, 3)),
-        _op("key_of", "records", "records", _key_of, _from_names, 1, lengths=(2, 3)),
-        _op("amount_of", "records", "amounts", _value_of_item, _from_amounts, 1, lengths=(2, 3)),
-        _op("count_given", "counting", "tally", _count_query, _from_counts, 2, lengths=(4,)),
-        _op("count_kind", "counting", "two_kinds", _count_kind, _from_counts, 2, lengths=(4,)),
-        _op("reverse", "order", "plain", _part(None, None, -1), _from_list, 2, forms=_FREE),
-        _op("swap_ends", "order", "plain", _swapped, _from_list, 2, forms=_FREE, lengths=(4,)),
-        _op("kind_first", "naming", "stranger", _kind_at(0), _from_kinds, 2),
-        _op("kind_last", "naming", "stranger", _kind_at(-1), _from_kinds, 2),
-        _op("odd", "oddity", "stranger", _odd, _from_list, 2),
-        _op("most", "comparison", "amounts", _extreme(max), _from_list, 2, lengths=(2, 3)),
-        _op("least", "comparison", "amounts", _extreme(min), _from_list, 2, lengths=(2, 3)),
-        _op("smallest", "comparison", "numbers", _number_extreme(min), _from_list, 2, domains=("number",)),
-        _op("largest", "comparison", "numbers", _number_extreme(max), _from_list, 2, domains=("number",)),
-        _op("sort_up", "order", "numbers", _sorted(False), _from_list, 2, forms=_FREE, domains=("number",)),
-        _op("sort_down", "order", "numbers", _sorted(True), _from_list, 2, forms=_FREE, domains=("number",)),
+        _op("first_of_kind", "selection", "two_kinds", _edge_of_kind(0), _from_list, 1),
+        _op("last_of_kind", "selection", "two_kinds", _edge_of_kind(-1), _from_list, 1),
+        _op("all_of_kind", "selection", "two_kinds", _all_of_kind, _from_list, 1, forms=_FREE),
+        _op("kind_first", "naming", "stranger", _kind_at(0), _from_kinds, 1),
+        _op("kind_last", "naming", "stranger", _kind_at(-1), _from_kinds, 1),
+        _op("most_kind", "naming", "two_kinds", _kind_by_frequency(0), _from_kinds, 1, lengths=(3, 5), domains=_EVEN),
+        _op("least_kind", "naming", "two_kinds", _kind_by_frequency(1), _from_kinds, 1, lengths=(3, 5), domains=_EVEN),
+        _op("odd", "oddity", "stranger", _odd, _from_list, 1),
+        _op("place_of_kind", "places", "mixed", _place_of_kind, _from_counts, 1),
+        _op("reverse", "order", "plain", _part(None, None, -1), _from_list, 1, forms=_FREE),
+        _op("first_to_end", "order", "plain", _rotated(1), _from_list, 1, forms=_FREE),
+        _op("last_to_start", "order", "plain", _rotated(-1), _from_list, 1, forms=_FREE),
+        _op("swap_ends", "order", "plain", _swapped, _from_list, 1, forms=_FREE, lengths=(4,)),
+        _op("sort_up", "order", "numbers", _sorted(False), _from_list, 2, forms=_FREE, domains=_NUMBER),
+        _op("sort_down", "order", "numbers", _sorted(True), _from_list, 2, forms=_FREE, domains=_NUMBER),
+        _op("owner_of_kind", "records", "mixed_records", _key_of_kind, _from_names, 2, lengths=(2, 3)),
+        _op("amount_of_kind", "records", "mixed_amounts", _key_of_kind, _from_amounts, 2, lengths=(2, 3)),
+        _op("after_kind", "two_steps", "mixed", _beside_kind(1), _from_list, 2),
+        _op("before_kind", "two_steps", "mixed", _beside_kind(-1), _from_list, 2),
+        _op("after", "neighbours", "asked", _beside(1), _from_list, 2, lengths=(3,)),
+        _op("before", "neighbours", "asked", _beside(-1), _from_list, 2, lengths=(3,)),
+        _op("repeated", "frequency", "repeated", _by_frequency(0), _from_list, 2, lengths=(3,)),
+        _op("single", "frequency", "repeated", _by_frequency(1), _from_list, 2, lengths=(3,)),
+        _op("count_given", "frequency", "tally", _count_query, _from_counts, 2, lengths=(4,), forms=_FREE),
+        _op("shared", "membership", "two_lists", _shared, _from_query, 2, lengths=(3,)),
+        _op("new", "membership", "two_lists", _new, _from_query, 2, lengths=(3,)),
+        _op("present", "membership", "plain", _query, _from_outside, 2, forms=("options", "verify"), lengths=(3,)),
+        _op("absent", "membership", "plain", _first_outside, _from_list, 2, forms=_CHOICE, lengths=(3,)),
+        _op("value_of", "look_up", "records", _value_of, _from_list, 2, lengths=(2,)),
+        _op("key_of", "look_up", "records", _key_of, _from_names, 2, lengths=(2,)),
+        _op("amount_of", "look_up", "amounts", _value_of_item, _from_amounts, 2, lengths=(2,)),
+        _op("most", "comparison", "amounts", _extreme(max), _from_list, 2, lengths=(2,)),
+        _op("least", "comparison", "amounts", _extreme(min), _from_list, 2, lengths=(2,)),
+        _op("smallest", "comparison", "numbers", _number_extreme(min), _from_list, 2, domains=_NUMBER),
+        _op("largest", "comparison", "numbers", _number_extreme(max), _from_list, 2, domains=_NUMBER),
         _op("plus", "arithmetic", "sum", _arithmetic(1), _from_numbers, 2, lengths=(2,), domains=_FEW),
         _op("minus", "arithmetic", "sum", _arithmetic(-1), _from_numbers, 2, lengths=(2,), domains=_FEW),
         _op("next_date", "dates", "calendar", _shift_date(0, 1), _from_dates, 2, lengths=(3,), domains=_DATES),
@@ -312,8 +361,6 @@ OPERATIONS: dict[str, Operation] = dict(
         _op("latest", "dates", "calendar", _date_extreme(max), _from_list, 2, lengths=(3,), domains=_DATES),
         _op("rule_first", "rules", "two_kinds", _rule(0), _from_rule, 2, forms=_CHOICE, lengths=(3,)),
         _op("rule_last", "rules", "two_kinds", _rule(-1), _from_rule, 2, forms=_CHOICE, lengths=(3,)),
-        _op("after_kind", "two_steps", "mixed", _beside_kind(1), _from_list, 2, lengths=(3,)),
-        _op("before_kind", "two_steps", "mixed", _beside_kind(-1), _from_list, 2, lengths=(3,)),
         _op("if_last", "condition", "two_kinds", _if_kind(-1, 0), _from_list, 2, lengths=(3,)),
         _op("if_second", "condition", "two_kinds", _if_kind(1, -1), _from_list, 2, lengths=(3,)),
         _op("other", "exclusion", "asked", _others, _from_list, 2, lengths=(2,)),

@@ -27,14 +27,15 @@ class Scene:
     Attributes:
         text: What the model reads: words separated by single spaces, parts separated by `` ; ``.
         items: The words of the list.
-        keys: What goes with each item, by position: a name or number in a record, the item's kind in a mixed list; may
-            be empty.
+        kinds: The domain of each item, by position, where a list has several.
+        keys: The name or number that goes with each item, by position, in a record.
         query: The word (or words) that the input asks about; may be empty.
         outside: Words of the domain that are not in the list, in random order: wrong options.
     """
 
     text: str
     items: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     query: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
@@ -48,7 +49,7 @@ def kinds_together(domain: str, length: int, variant: int) -> tuple[str, ...]:
 
     Args:
         domain: A key of ``DOMAINS``.
-        length: 3 or 4, a divisor of the number of domains.
+        length: 2, 3 or 4, a divisor of the number of domains.
         variant: 0 takes neighbouring domains, 1 takes domains at equal distances.
 
     Example:
@@ -130,7 +131,7 @@ def _mixed(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
     """One word of each of ``length`` domains."""
     kinds = tuple(rng.sample(kinds_together(domain, length, variant), length))
     items = tuple(rng.choice(DOMAINS[kind]) for kind in kinds)
-    return Scene(" ".join(items), items, keys=kinds)
+    return Scene(" ".join(items), items, kinds=kinds)
 
 
 def _stranger(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
@@ -140,7 +141,7 @@ def _stranger(rng: random.Random, domain: str, length: int, variant: int) -> Sce
     kinds = tuple(rng.sample([domain] * (length - 1) + [other], length))
     same, _ = _words(rng, domain, length)
     items = tuple(rng.choice(DOMAINS[other]) if kind == other else word for kind, word in zip(kinds, same, strict=True))
-    return Scene(" ".join(items), items, keys=kinds)
+    return Scene(" ".join(items), items, kinds=kinds)
 
 
 def _two_kinds(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
@@ -150,7 +151,7 @@ def _two_kinds(rng: random.Random, domain: str, length: int, variant: int) -> Sc
     kinds = tuple(rng.sample([pair[0]] * times + [pair[1]] * (length - times), length))
     words = {kind: _words(rng, kind, length)[0] for kind in sorted(pair)}
     items = tuple(words[kind][position] for position, kind in enumerate(kinds))
-    return Scene(" ".join(items), items, keys=kinds)
+    return Scene(" ".join(items), items, kinds=kinds)
 
 
 def _records(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
@@ -158,8 +159,7 @@ def _records(rng: random.Random, domain: str, length: int, variant: int) -> Scen
     items, outside = _words(rng, domain, length)
     names = tuple(rng.sample(NAMES, length))
     query = rng.choice(items + names)
-    text = " ".join(f"{name} {item}" for name, item in zip(names, items, strict=True))
-    return Scene(f"{text} ; {query}", items, keys=names, query=(query,), outside=outside)
+    return Scene(f"{_pairs(names, items)} ; {query}", items, keys=names, query=(query,), outside=outside)
 
 
 def _amounts(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
@@ -167,8 +167,25 @@ def _amounts(rng: random.Random, domain: str, length: int, variant: int) -> Scen
     items, outside = _words(rng, domain, length)
     numbers = tuple(rng.sample(NUMBERS, length))
     query = rng.choice(items)
-    text = " ".join(f"{number} {item}" for number, item in zip(numbers, items, strict=True))
-    return Scene(f"{text} ; {query}", items, keys=numbers, query=(query,), outside=outside)
+    return Scene(f"{_pairs(numbers, items)} ; {query}", items, keys=numbers, query=(query,), outside=outside)
+
+
+def _pairs(keys: tuple[str, ...], items: tuple[str, ...]) -> str:
+    return " ".join(f"{key} {item}" for key, item in zip(keys, items, strict=True))
+
+
+def _mixed_records(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
+    """Names with a word each, every word of another domain."""
+    mixed = _mixed(rng, domain, length, variant)
+    names = tuple(rng.sample(NAMES, length))
+    return Scene(_pairs(names, mixed.items), mixed.items, kinds=mixed.kinds, keys=names)
+
+
+def _mixed_amounts(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
+    """Numbers with a word each, every word of another domain."""
+    mixed = _mixed(rng, domain, length, variant)
+    numbers = tuple(rng.sample(NUMBERS, length))
+    return Scene(_pairs(numbers, mixed.items), mixed.items, kinds=mixed.kinds, keys=numbers)
 
 
 def _numbers(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
@@ -206,6 +223,8 @@ SAMPLERS: dict[str, Sampler] = {
     "two_kinds": _two_kinds,
     "records": _records,
     "amounts": _amounts,
+    "mixed_records": _mixed_records,
+    "mixed_amounts": _mixed_amounts,
     "numbers": _numbers,
     "sum": _sum,
     "calendar": _calendar,
