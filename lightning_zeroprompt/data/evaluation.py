@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation plans as batches: a map-style dataset of whole batches, joined from the compiled corpus.
 
-Items are sorted by length, longest first (so a batch that does not fit in memory fails at once), and cut into batches
-under two budgets of padded tokens, one for the encoder and one for the targets. Items of one kind stay together, and
-the list of either kind is filled up to a multiple of the ranks with repeated batches whose cells are -1, so that at
-every step all ranks run the same kind of batch with the same number of generation steps at most: ranks that share a
-sharded model must meet in the same collectives. Nothing depends on the number of ranks but those repeats.
+Items are sorted by the length of their targets, in classes of powers of two, and by the length of their input, longest
+first (so a batch that does not fit in memory fails early), and cut into batches under two budgets of padded tokens,
+one for the encoder and one for the targets. Sorting by inputs alone leaves three quarters of the targets' positions
+to padding on the real tasks, and lets one long answer hold up the generation of a whole batch. Items of one kind stay
+together, and the list of either kind is filled up to a multiple of the ranks with repeated batches whose cells are
+-1, so that at every step all ranks run the same kind of batch with the same number of generation steps at most: ranks
+that share a sharded model must meet in the same collectives. Nothing depends on the number of ranks but those
+repeats.
 
 A batch is a dictionary (B examples, N options)::
 
@@ -119,7 +122,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         longest, options = self._target_sizes(is_choice)
         for kind, members in (("choice", np.flatnonzero(is_choice)), ("generation", np.flatnonzero(~is_choice))):
             inputs = np.minimum(lengths[members], room) + soft_prompt_length
-            order = np.lexsort((members, -longest[members], -inputs))
+            order = np.lexsort((members, -inputs, -np.ceil(np.log2(longest[members]))))
             chosen = members[order]
             sizes = zip(inputs[order].tolist(), options[chosen].tolist(), longest[chosen].tolist(), strict=True)
             self._batches[kind] = [chosen[start:end] for start, end in _bounds(sizes, max_tokens)]
@@ -231,13 +234,14 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         return np.concatenate(parts)
 
     def _target_sizes(self, is_choice: npt.NDArray[np.bool_]) -> tuple[_Ints, _Ints]:
-        """Longest target of every item, within the decoder's length, and its number of targets."""
+        """Longest option or right output of every item, within the decoder's length, and its number of targets."""
         cells, rows, free = self.plan.item_cell, self.plan.item_row, np.flatnonzero(~is_choice)
         first, count = self._options(cells, rows)
-        first[free], _ = self._outputs(rows[free], [self._tasks[cell] for cell in cells[free].tolist()])
-        count[free] = 1
+        tasks = [self._tasks[cell] for cell in cells[free].tolist()]
+        first[free], count[free] = self._outputs(rows[free], tasks)
         starts = np.concatenate([[0], np.cumsum(count)[:-1]])
         longest = np.maximum.reduceat(self._lengths(_ranges(first, count)) + 1, starts)
+        count[free] = 1
         return np.minimum(longest, self._decoder_length), count
 
     def _lengths(self, segments: _Ints) -> _Ints:

@@ -160,16 +160,20 @@ def test_verbalised_options_are_scored_against_the_original_answer(evaluation_co
     assert len({tuple(item["correct"]) for item in items}) > 1
 
 
-def test_batches_keep_the_budget_and_start_with_the_longest(evaluation_corpus):
+def test_batches_keep_the_budget_and_are_sorted_by_targets_then_inputs(evaluation_corpus):
     plan = plan_evaluation(evaluation_corpus, TRAIN)
     dataset = EvaluationDataset(evaluation_corpus, plan, max_tokens=700)
-    widths = collections.defaultdict(list)
+    keys = collections.defaultdict(list)
     for step in range(len(dataset)):
         batch = dataset[step]
-        widths[batch["kind"]].append(batch["input_ids"].shape[1])
         targets = batch["option_labels"] if batch["kind"] == "choice" else batch["target_labels"]
         assert len(batch["cell"]) == 1 or max(batch["input_ids"].numel(), targets.numel()) <= 700
-    assert all(values == sorted(values, reverse=True) for values in widths.values())
+    for item in _items(EvaluationDataset(evaluation_corpus, plan, max_tokens=700)):
+        texts = item["options"] if item["kind"] == "choice" else item["references"]
+        longest = max(len(text.encode()) for text in texts) + 1  # bytes and the end mark
+        keys[item["kind"]].append((int(np.ceil(np.log2(longest))), len(item["ids"])))
+    assert all(values == sorted(values, reverse=True) for values in keys.values())
+    assert len({target for target, _ in keys["generation"]}) > 1
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
