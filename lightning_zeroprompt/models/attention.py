@@ -126,9 +126,9 @@ def segment_mask(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: Floating dtype of the result.
 
     Returns:
-        0 where the segments are equal and not padding, :data:`MASKED` elsewhere.
+        0 where the segments are equal (padding attends to padding, whose output nobody uses), :data:`MASKED` elsewhere.
     """
-    allowed = (queries.unsqueeze(2) == keys.unsqueeze(1)) & (keys > 0).unsqueeze(1)
+    allowed = queries.unsqueeze(2) == keys.unsqueeze(1)
     return torch.zeros(allowed.shape, dtype=dtype, device=keys.device).masked_fill(~allowed, MASKED).unsqueeze(1)
 
 

@@ -238,7 +238,7 @@ class T5(nn.Module):
         rows = max(1, _LOGITS_AT_ONCE // self.config.vocab_size)
         losses = [
             F.cross_entropy(self.head(part, self.shared.weight).float(), part_targets, reduction="none")
-            for part, part_targets in zip(hidden.split(rows), targets.split(rows), strict=True)
+            for part, part_targets in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
         ]
         logprobs = torch.zeros(option_labels.shape, device=x.device)
         logprobs[real] = -torch.cat(losses)
