@@ -238,8 +238,8 @@ class TaskDataModule(LightningDataModule):
         mixture: How tasks are balanced.
         soft_prompt_length: Positions for soft prompts at the start of every example.
         max_target_length: Longest target of one example; ``decoder_length`` when None.
-        fill: Share of the capacity that is filled on average; see
-            :class:`~lightning_zeroprompt.data.packing.PackingSettings`.
+        fill: Share of the capacity that is filled on average; None chooses (see
+            :class:`~lightning_zeroprompt.data.packing.PackingSettings`).
         window_steps: Steps packed together; None chooses.
         num_workers: Processes that prepare training batches.
         pin_memory: Whether batches are put into page-locked memory.
@@ -263,7 +263,7 @@ class TaskDataModule(LightningDataModule):
         mixture: MixtureSettings | None = None,
         soft_prompt_length: int = 0,
         max_target_length: int | None = None,
-        fill: float = 0.96,
+        fill: float | None = None,
         window_steps: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -378,6 +378,11 @@ class TaskDataModule(LightningDataModule):
             return
         check_identity(self._identity(), state_dict)
         self._loaded = state_dict
+
+    # Processes that are spawned open the corpus themselves.
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("corpus", "stream", "_loader")}
+        return state | {"_source": self.corpus.path, "_loader": None}
 
     def _place(self) -> dict[str, int]:
         """Data-parallel size and rank of the strategy; its model-parallel ranks read the same rows."""

@@ -17,6 +17,7 @@ mixing (arXiv 1910.10683).
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -204,6 +205,8 @@ class Mixture:
         self._read_templates(corpus, tasks)
         shares = self._shares(tasks)
         self._phases = self._build_phases(shares)
+        # Windows end inside blocks, so the last block of one is the first of the next.
+        self._block = functools.lru_cache(maxsize=2)(self._order_block)
         identity = [corpus.fingerprint, self.task_indices.tolist(), seed, dataclasses.astuple(self.settings)]
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         self._keys = {
@@ -327,7 +330,7 @@ class Mixture:
             end = start + count if phase.draws is None else min(start + count, phase.start + phase.draws)
             first = max(start, phase.start)
             if first < end:
-                place, ordinal = self._quotas(phase, first - phase.start, end - phase.start)
+                place, ordinal = self._quotas(number, first - phase.start, end - phase.start)
                 places.append(place)
                 ordinals.append(ordinal)
                 epochs.append(np.full(end - first, number, dtype=np.uint64))
@@ -348,26 +351,33 @@ class Mixture:
             key=mix64(counter + self._keys["example"]),
         )
 
-    def _quotas(self, phase: _Phase, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _quotas(self, number: int, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Task (as a place in the list) and ordinal within the task of a phase's draws [start, end)."""
-        whole, fraction = phase.edges // _PERIOD, phase.edges % _PERIOD
+        phase = self._phases[number]
         places, ordinals = [], []
         for block in range(start // phase.block, -(-end // phase.block)):
             cut = slice(max(start - block * phase.block, 0), min(end - block * phase.block, phase.block))
-            period, member = divmod(block, _PERIOD)
-            edges = whole + (fraction + _OFFSETS[member] >= _PERIOD)
-            counts = np.diff(edges)
-            by_task = np.repeat(np.arange(len(counts)), counts)
-            key = mix64(np.array([block], dtype=np.uint64) + phase.key)
-            owner = by_task[permute(phase.block, key, np.arange(phase.block))]
-            before = period * phase.edges + member * whole + _CARRIES[member][fraction]
-            ordinal = np.diff(before)[owner]
-            if counts.max() > 1:
-                # 16-bit numbers are sorted by radix, five times faster; a block has at most 65,536 owners.
-                ordinal[np.argsort(owner.astype(np.uint16), kind="stable")] += np.arange(phase.block) - edges[by_task]
-            places.append(phase.members[owner[cut]])
+            place, ordinal = self._block(number, block)
+            places.append(place[cut])
             ordinals.append(ordinal[cut])
         return np.concatenate(places), np.concatenate(ordinals)
+
+    def _order_block(self, number: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Task and ordinal of all draws of a block of a phase, in the order drawn."""
+        phase = self._phases[number]
+        whole, fraction = phase.edges // _PERIOD, phase.edges % _PERIOD
+        period, member = divmod(block, _PERIOD)
+        edges = whole + (fraction + _OFFSETS[member] >= _PERIOD)
+        counts = np.diff(edges)
+        by_task = np.repeat(np.arange(len(counts)), counts)
+        key = mix64(np.array([block], dtype=np.uint64) + phase.key)
+        owner = by_task[permute(phase.block, key, np.arange(phase.block))]
+        before = period * phase.edges + member * whole + _CARRIES[member][fraction]
+        ordinal = np.diff(before)[owner]
+        if counts.max() > 1:
+            # 16-bit numbers are sorted by radix, five times faster; a block has at most 65,536 owners.
+            ordinal[np.argsort(owner.astype(np.uint16), kind="stable")] += np.arange(phase.block) - edges[by_task]
+        return phase.members[owner], ordinal
 
     def _rows(
         self, place: NDArray[np.int64], ordinal: NDArray[np.int64], phase: NDArray[np.uint64]
