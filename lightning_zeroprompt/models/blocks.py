@@ -3,8 +3,9 @@
 
 Each is a module that can be placed alone, so that a pipeline can cut between any two. Sub-layers are pre-normalised and
 residual: ``x + dropout(f(norm(x)))`` (Raffel et al. 2020; T5 v1.1 replaces ReLU with gated GELU, Shazeer 2020).
-Projections of one input are fused into one matrix (query, key and value; gate and up), which halves the kernels a small
-model launches; checkpoints in other layouts are split and joined in :mod:`lightning_zeroprompt.models.hf`.
+Projections of one input are one matrix (query, key and value; gate and up): fewer and larger products, because the step
+of a small model is bound by launching kernels; checkpoints in other layouts are split and joined in
+:mod:`lightning_zeroprompt.models.hf`.
 """
 
 from typing import Literal

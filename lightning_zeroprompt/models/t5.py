@@ -15,6 +15,11 @@ read the same encoder keys and values, without a copy (see
 *Weights.* :meth:`T5.init_weights` seeds every tensor by its name, so a model built on the meta device, a shard of one,
 or one stage of a pipeline gets the same weights as the whole model built at once. Cost: the draws run on the CPU, 55M
 parameters a second on one core.
+
+*Speed.* A bf16 training step on one H200 (``benchmarks/t5_step.py``, unpacked) does 1.9 to 2.0 times the tokens/s of
+``transformers``' T5 at 0.43 to 0.53 of its memory, and 2.5 to 3.0 times when compiled whole.
+A CPU has no fused kernel for a learned bias: short rows are fastest there (nano, one core: 51,000 tokens/s in rows of
+64, 27,000 in rows of 256).
 """
 
 import zlib
