@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_mixture)
     command.add_argument("folder", type=Path)
     command.add_argument("--num-tasks", type=int, help="training tasks (default: all)")
-    command.add_argument("--draws", type=int, default=100_000)
+    command.add_argument("--draws", type=int, default=131_072, help="draws to count (default: 131072, whole blocks)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--show", type=int, default=20, help="tasks to list, largest difference first (default: 20)")
     return parser

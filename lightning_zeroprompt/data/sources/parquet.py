@@ -46,6 +46,7 @@ MAX_LISTED_OPTIONS = 32
 """Larger label sets get no template that lists them: a prompt of 150 intents would be nearly all options."""
 
 _TIERS = {"core": 0, "extra": 1}
+_ATTRIBUTES = [name for name, kind in COLUMNS.items() if kind == "string" and name not in ("task", "input")]
 _SAMPLE = 512
 
 
@@ -122,7 +123,7 @@ class _File:
                 name = names[numbers[start]]
                 rows = table.slice(start, end - start)
                 if name not in found:
-                    found[name] = _Found(first=rows.slice(0, 1).to_pylist()[0], file=self)
+                    found[name] = _Found(first=rows.select(_ATTRIBUTES).slice(0, 1).to_pylist()[0], file=self)
                 found[name].pieces.append((group, start, end))
                 _learn(found[name], rows)
         return found
@@ -210,7 +211,7 @@ def _instructions(path: Path) -> dict[str, list[str]]:
 
 
 def _task(name: str, found: _Found, role: Literal["train", "heldout"], instructions: Sequence[str]) -> Task:
-    first = {key: value or "" for key, value in found.first.items() if COLUMNS.get(key) == "string"}
+    first = {key: value or "" for key, value in found.first.items()}
     texts = list(dict.fromkeys(text.strip() for text in instructions if text.strip())) or [first["instruction"]]
     closed = not found.has_free and len(found.labels) == 1
     size = len(next(iter(found.labels))) if closed else 0

@@ -11,7 +11,7 @@ words for the same labels verbalizers.
 
 Templates come from outside, so they run in Jinja's immutable sandbox with strict undefined names, no loader, and no
 repetition operators; YAML is loaded without Python objects. Unlike promptsource, columns of more than 2,048 characters
-are not cut here: the compiler has its own limit. 129 templates over nine validation sets (8,909 rows) take about 4 s to
+are not cut here: the compiler has its own limit. 114 templates over ten validation sets (6,909 rows) take about 4 s to
 list, most of it Jinja. ``jinja2``, ``yaml`` and ``pyarrow`` are imported when a function is called.
 """
 
