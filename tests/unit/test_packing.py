@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packing against its capacities, and batches taken apart again against the joined draws they were made from."""
 
+import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.join import Joiner
-from lightning_zeroprompt.data.mixture import Mixture, MixtureSettings
+from lightning_zeroprompt.data.mixture import Mixture, MixtureSettings, select_tasks
 from lightning_zeroprompt.data.packing import IGNORE, BatchStream, PackingSettings, check_replicas, pack
+from lightning_zeroprompt.data.sources.parquet import parquet_tasks
 from lightning_zeroprompt.data.task import Example, PromptTemplate, Task
 from lightning_zeroprompt.data.tokenizer import ByteTokenizer
 
@@ -79,6 +82,20 @@ def test_packing_is_tight_where_a_perfect_packing_exists():
     encoder = np.array(pieces)
     placed = pack(encoder, np.ones_like(encoder), rows=510, encoder_capacity=256, decoder_capacity=64)
     assert (placed >= 0).all()
+
+
+def test_every_row_gets_its_share_of_small_examples_with_long_targets():
+    """Packed by input size alone, large examples fill half of the rows, and 150 small ones overflow the other half."""
+    encoder = np.array([50] * 100 + [10] * 400)
+    decoder = np.array([2] * 100 + [8] * 400)
+    placed = pack(encoder, decoder, rows=100, encoder_capacity=100, decoder_capacity=40)
+    assert (placed >= 0).all()
+
+
+def test_no_row_is_empty_while_another_has_two():
+    encoder = np.array([100] * 8 + [5] * 5)
+    placed = pack(encoder, np.ones_like(encoder), rows=10, encoder_capacity=100, decoder_capacity=40)
+    assert np.bincount(placed, minlength=10).min() == 1
 
 
 def test_packing_refuses_what_no_row_holds_and_takes_nothing():
@@ -211,6 +228,22 @@ def test_large_windows_are_full_with_few_left_over(corpus):
     assert report.examples_per_row * report.mean_encoder_tokens == pytest.approx(512 * report.encoder_fill)
     assert report.examples_per_row * report.mean_decoder_tokens == pytest.approx(256 * report.decoder_fill)
     assert report.truncated == 0
+
+
+@pytest.mark.slow
+def test_the_thousand_real_tasks_are_packed_within_the_goals(tmp_path):
+    """At least 90 % real encoder positions and under 0.5 % leftovers, at the lengths of text in bytes."""
+    folder = Path(os.environ.get("ZEROPROMPT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    if not (folder / "train.parquet").exists():
+        pytest.skip(f"no task data at {folder}; set ZEROPROMPT_DATA to a folder that has train.parquet")
+    tasks = parquet_tasks(folder, splits=("train", "train_extra"), num_tasks=1000)
+    corpus = compile_tasks(
+        tasks, tmp_path / "corpus", tokenizer=ByteTokenizer(), max_examples_per_task=64, max_input_tokens=4096
+    )
+    shape = PackingSettings(encoder_length=2048, decoder_length=512, rows_per_batch=64)
+    report = BatchStream(corpus, Mixture(corpus, select_tasks(corpus.tasks)), shape).report(16)
+    assert report.encoder_fill > 0.9
+    assert report.leftovers < 0.005 * report.draws
 
 
 @pytest.mark.parametrize("decoder_length", [40, 80, 120])
