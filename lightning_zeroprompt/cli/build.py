@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a Hydra configuration to the library's objects; the only place that knows the configuration's keys.
+
+No ``DictConfig`` leaves this file: constructors get plain typed arguments, so the same objects can be built in Python
+or by LightningCLI.
+"""
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_zeroprompt.data.corpus import Corpus
+from lightning_zeroprompt.data.datamodule import EvaluationFactory, TaskDataModule
+from lightning_zeroprompt.data.evaluation import EvaluationDataset, EvaluationSettings, plan_evaluation, split_tasks
+from lightning_zeroprompt.data.mixture import MixtureSettings, select_tasks
+from lightning_zeroprompt.data.prepare import compile_source
+from lightning_zeroprompt.models.hf import load_t5
+from lightning_zeroprompt.models.module import SoftPromptSettings, Text2TextModule
+from lightning_zeroprompt.models.prompt_transfer import prompt_numbers
+
+__all__ = [
+    "build_datamodule",
+    "build_module",
+    "build_trainer",
+    "evaluation_factory",
+    "evaluation_settings",
+    "load_module",
+    "open_corpus",
+    "quieten",
+]
+
+
+def quieten() -> None:
+    """Hide notices of libraries that a user of this program can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def open_corpus(config: DictConfig) -> Corpus:
+    """The corpus that ``data`` describes: ``data.compiled`` as it is, or compiled now unless an equal one is there.
+
+    Args:
+        config: With the groups ``data`` and ``paths``.
+    """
+    data = config.data
+    if data.compiled is not None:
+        return Corpus.open(data.compiled)
+    arguments = {
+        "tokenizer": data.tokenizer,
+        "vocab_size": data.vocab_size,
+        "num_tasks": data.num_source_tasks,
+        "options": _plain(data.options),
+        **_plain(data.compile),
+    }
+    # One folder for each way of compiling; in it, a source whose content has changed replaces the corpus of the old
+    # one.
+    digest = hashlib.sha256(json.dumps([data.source, arguments], sort_keys=True).encode()).hexdigest()
+    folder = Path(config.paths.compiled_dir) / f"{data.source}-{digest[:10]}"
+    return compile_source(data.source, data.path, folder, existing="replace", **arguments)
+
+
+def evaluation_settings(config: DictConfig, *, on_gpu: bool, shuffle_instructions: bool = False) -> EvaluationSettings:
+    """What the group ``evaluation`` asks for.
+
+    Args:
+        config: With the group ``evaluation``; ``examples_per_task: auto`` is 8 on a CPU and all on a GPU.
+        on_gpu: Whether the model runs on a GPU.
+        shuffle_instructions: Whether instructions are exchanged between tasks.
+    """
+    given = _plain(config.evaluation)
+    if given["examples_per_task"] == "auto":
+        given["examples_per_task"] = None if on_gpu else 8
+    given.pop("shuffled")
+    given.pop("max_tokens")
+    given["levels"] = tuple(given["levels"])
+    return EvaluationSettings(**given, shuffle_instructions=shuffle_instructions)
+
+
+def build_datamodule(
+    config: DictConfig, corpus: Corpus, *, steps: int, on_gpu: bool, shuffled: bool = False
+) -> TaskDataModule:
+    """Training tasks, mixture and evaluation data.
+
+    Args:
+        config: With the groups ``data``, ``evaluation`` and ``model``, and ``seed``.
+        corpus: Compiled corpus.
+        steps: Batches of the run.
+        on_gpu: Whether the model runs on a GPU.
+        shuffled: Whether evaluations also ask with the instructions of other tasks.
+    """
+    data = config.data
+    candidates, _ = split_tasks(corpus.tasks, _plain(data.holdout_categories))
+    chosen = select_tasks([corpus.tasks[index] for index in candidates], data.num_tasks, config.seed)
+    tasks = [candidates[position] for position in chosen]
+    prompt = SoftPromptSettings(**_plain(config.model.soft_prompt))
+
+    return TaskDataModule(
+        corpus,
+        tasks=tasks,
+        steps=steps,
+        encoder_length=data.encoder_length,
+        decoder_length=data.decoder_length,
+        rows_per_batch=data.rows_per_batch,
+        seed=config.seed,
+        mixture=_mixture(data, corpus, tasks),
+        soft_prompt_length=prompt.length,
+        num_workers=data.num_workers,
+        pin_memory=on_gpu,
+        evaluation=evaluation_factory(config, on_gpu=on_gpu, shuffled=shuffled),
+    )
+
+
+def evaluation_factory(config: DictConfig, *, on_gpu: bool, shuffled: bool = False) -> EvaluationFactory:
+    """Build the evaluation datasets that ``evaluation`` describes, once the training tasks are known.
+
+    Args:
+        config: With the groups ``data``, ``evaluation`` and ``model``.
+        on_gpu: Whether the model runs on a GPU.
+        shuffled: Whether a second dataset asks the same with the instructions of other tasks.
+    """
+    data, prompt = config.data, SoftPromptSettings(**_plain(config.model.soft_prompt))
+
+    def build(corpus: Corpus, task_indices: Sequence[int], *, num_replicas: int, rank: int) -> list[EvaluationDataset]:
+        _, heldout = split_tasks(corpus.tasks, _plain(data.holdout_categories))
+        datasets = []
+        for shuffle in (False, True) if shuffled else (False,):
+            settings = evaluation_settings(config, on_gpu=on_gpu, shuffle_instructions=shuffle)
+            plan = plan_evaluation(corpus, task_indices, settings, heldout_tasks=heldout)
+            datasets.append(
+                EvaluationDataset(
+                    corpus,
+                    plan,
+                    encoder_length=data.encoder_length,
+                    decoder_length=data.decoder_length,
+                    max_tokens=config.evaluation.max_tokens,
+                    soft_prompt_length=prompt.length,
+                    prompt_ids=prompt_numbers(plan, task_indices, prompt.unseen) if prompt.length else None,
+                    rank=rank,
+                    num_ranks=num_replicas,
+                )
+            )
+        return datasets
+
+    return build
+
+
+def _mixture(data: DictConfig, corpus: Corpus, tasks: Sequence[int]) -> MixtureSettings:
+    given = _plain(data.mixture)
+    curriculum = _plain(data.curriculum) if data.curriculum is not None else None
+    if curriculum is None:
+        return MixtureSettings(**given)
+    stage_of = hydra.utils.get_method(curriculum["stage_of"])
+    stages = {index: stage_of(corpus.tasks[index].task_id) for index in tasks}
+    phases = tuple(
+        (draws, tuple(index for index in tasks if stages[index] <= stage))
+        for stage, draws in enumerate(curriculum["draws"])
+    )
+    # With few training tasks a stage can be empty; the phases after it are as long as they would be.
+    return MixtureSettings(**given, curriculum=tuple(phase for phase in phases if phase[1]))
+
+
+def build_module(config: DictConfig, corpus: Corpus, num_tasks: int) -> Text2TextModule:
+    """The model, from a size or from a checkpoint's folder.
+
+    Args:
+        config: With the groups ``model`` and ``optimizer``, ``init_from`` and ``init_seed``.
+        corpus: Its tokenizer gives the vocabulary.
+        num_tasks: Training tasks.
+    """
+    model = config.model
+    common: dict[str, Any] = {
+        "vocab_size": corpus.tokenizer.vocab_size,
+        "tokenizer": corpus.tokenizer.fingerprint,
+        "optimizer": hydra.utils.instantiate(config.optimizer),
+        "soft_prompt": SoftPromptSettings(**_plain(model.soft_prompt)),
+        "num_tasks": num_tasks,
+        "init_seed": config.init_seed,
+        "compile": model.compile,
+    }
+    if config.init_from is None:
+        overrides = {"dropout": model.dropout, **_plain(model.overrides)}
+        return Text2TextModule(size=model.size, overrides=overrides, **common)
+    start = load_t5(config.init_from, dtype=torch.float32, dropout=model.dropout)
+    return Text2TextModule(config=start.config, weights=start.state_dict(), **common)
+
+
+def load_module(config: DictConfig, corpus: Corpus) -> Text2TextModule:
+    """A trained model: a checkpoint file of this package, or a folder in the layout of ``transformers``' T5.
+
+    Args:
+        config: With ``checkpoint``.
+        corpus: What it will be evaluated on.
+
+    Raises:
+        ValueError: The checkpoint does not exist, or was trained with another tokenizer than the corpus has.
+    """
+    path = Path(config.checkpoint)
+    if path.is_dir():
+        start = load_t5(path, dtype=torch.float32)
+        return Text2TextModule(vocab_size=corpus.tokenizer.vocab_size, config=start.config, weights=start.state_dict())
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint at {path}; give a .ckpt file of a run, or a folder with config.json")
+    module = Text2TextModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    trained, given = module.hparams["tokenizer"], corpus.tokenizer.fingerprint
+    if trained and trained != given:
+        raise ValueError(
+            f"{path} was trained with the tokenizer {trained[:16]}, the corpus {corpus.path} was compiled with "
+            f"{given[:16]}; compile it again with `--tokenizer FOLDER`, the folder of the corpus that was trained on"
+        )
+    return module
+
+
+def build_trainer(config: DictConfig) -> pl.Trainer:
+    """Callbacks, logger, strategy and Trainer.
+
+    Args:
+        config: With the groups ``trainer``, ``strategy`` and, for training, ``callbacks`` and ``logger``.
+    """
+    callbacks = [hydra.utils.instantiate(callback) for callback in (config.get("callbacks") or {}).values()]
+    logger = hydra.utils.instantiate(config.logger) if config.get("logger") else False
+    strategy = config.strategy.strategy
+    trainer: pl.Trainer = hydra.utils.instantiate(
+        config.trainer,
+        strategy=strategy if isinstance(strategy, str) else hydra.utils.instantiate(strategy),
+        callbacks=callbacks,
+        logger=logger,
+    )
+    return trainer
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

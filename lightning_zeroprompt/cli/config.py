@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Hydra apps share: where conf/ is, the resolved configuration of a job, and errors without a traceback."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+__all__ = ["RESOLVED", "config_dir", "read_config", "report_user_errors", "run_in_fresh_process", "write_atomically"]
+
+RESOLVED = "config.yaml"
+"""Name of the resolved configuration in the run folder."""
+
+
+def config_dir() -> Path:
+    """Folder of the Hydra groups: inside the package once installed, beside it in a source checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` is either the old file or the whole new one.
+
+    Args:
+        path: Target; its folder is made.
+        text: UTF-8 content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_config(path: Path) -> DictConfig:
+    """Read a resolved configuration.
+
+    Args:
+        path: A file that :func:`run_in_fresh_process` or a run has written.
+
+    Raises:
+        ValueError: It is no mapping.
+        OSError: It cannot be read.
+    """
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path} holds a list, not a configuration; give the {RESOLVED} of a run folder")
+    return config
+
+
+def run_in_fresh_process(module: str, config: DictConfig, folder: Path) -> None:
+    """Run one job of a multirun as a process of its own, from its resolved configuration.
+
+    Lightning starts the other ranks of a job by running the command line again. Inside ``-m`` that command line is
+    the whole
+    sweep: an adaptive sweeper then hands every rank other hyper-parameters, silently. The fresh process's command
+    line names one resolved file instead, and nothing that a job sets in its environment reaches the next one.
+
+    Args:
+        module: Module to run with ``python -m``; its only argument is the configuration's path.
+        config: The job's configuration; interpolations are resolved here.
+        folder: The job's folder.
+
+    Raises:
+        SystemExit: The job failed, with its exit status.
+    """
+    path = folder / RESOLVED
+    write_atomically(path, OmegaConf.to_yaml(config, resolve=True))
+    done = subprocess.run([sys.executable, "-m", module, str(path)], check=False)  # noqa: S603 - our own module
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def report_user_errors(story: Callable[[], None]) -> None:
+    """Run ``story``; an error in what the user gave becomes one line on stderr and exit status 2.
+
+    Args:
+        story: The program. Errors of the program itself keep their traceback.
+
+    Raises:
+        SystemExit: With status 2 after an error that names what was given and the remedy (ValueError, OSError).
+    """
+    try:
+        story()
+    except (ValueError, OSError) as error:
+        if os.environ.get("ZEROPROMPT_TRACEBACK"):
+            raise
+        print(f"error: {error}\n(ZEROPROMPT_TRACEBACK=1 shows where)", file=sys.stderr)
+        raise SystemExit(2) from None

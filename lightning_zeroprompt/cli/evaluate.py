@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""zeroprompt-eval: zero-shot scores of a trained model.
+
+    zeroprompt-eval checkpoint=runs/train/DATE/checkpoints/last.ckpt
+    zeroprompt-eval checkpoint=... evaluation.examples_per_task=null evaluation.shuffled=true
+    zeroprompt-eval checkpoint=... corpus=COMPILED_FOLDER
+
+What was trained on, and on which corpus, is read from the ``config.yaml`` of the checkpoint's run folder;
+``run=FOLDER`` names that folder where the checkpoint lies elsewhere.
+"""
+
+from pathlib import Path
+
+import hydra
+import lightning.pytorch as pl
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_zeroprompt.cli.build import build_datamodule, build_trainer, load_module, open_corpus, quieten
+from lightning_zeroprompt.cli.config import RESOLVED, config_dir, read_config, report_user_errors, write_atomically
+from lightning_zeroprompt.cli.results import print_results, save_results
+
+__all__ = ["evaluate", "main"]
+
+
+def run_config(config: DictConfig) -> DictConfig:
+    """The training run's configuration with the evaluation's own groups in place of the run's.
+
+    Args:
+        config: A composed configuration of ``conf/eval.yaml``.
+
+    Raises:
+        ValueError: There is no run folder with a configuration.
+    """
+    folder = Path(config.run) if config.run is not None else Path(config.checkpoint).parent.parent
+    if not (folder / RESOLVED).is_file():
+        raise ValueError(
+            f"{folder} has no {RESOLVED}, so the tasks that {config.checkpoint} was trained on are unknown; "
+            "give run=FOLDER, the folder of the training run"
+        )
+    run = read_config(folder / RESOLVED)
+    for key in ("checkpoint", "evaluation", "trainer", "strategy"):
+        run[key] = config[key]
+    run.paths.output_dir = config.paths.output_dir
+    run.callbacks, run.logger = None, None
+    if config.corpus is not None:
+        run.data.compiled = config.corpus
+    return run
+
+
+def evaluate(config: DictConfig) -> None:
+    """Score a checkpoint and leave the results in the output folder.
+
+    Args:
+        config: A composed configuration of ``conf/eval.yaml``.
+    """
+    quieten()
+    folder = Path(config.paths.output_dir)
+    merged = run_config(config)
+    pl.seed_everything(merged.seed, workers=True, verbose=False)
+    corpus = open_corpus(merged)
+    module = load_module(merged, corpus)
+    trainer = build_trainer(merged)
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    datamodule = build_datamodule(merged, corpus, steps=1, on_gpu=on_gpu, shuffled=merged.evaluation.shuffled)
+    trainer.validate(module, datamodule, verbose=False)
+    if trainer.is_global_zero:
+        write_atomically(folder / RESOLVED, OmegaConf.to_yaml(merged, resolve=True))
+        save_results(folder, merged, datamodule, module, trainer)
+        print_results(folder, module)
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="eval")
+def main(config: DictConfig) -> None:
+    """Console script."""
+    report_user_errors(lambda: evaluate(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""zeroprompt-train: pretrain on many prompted tasks, then report zero-shot scores on tasks never seen.
+
+    zeroprompt-train experiment=demo
+    zeroprompt-train data=parquet data.path=FOLDER model=small trainer=gpu
+    zeroprompt-train -m data.num_tasks=10,100,1000 model=tiny,mini
+
+The run folder holds ``config.yaml``, ``results.json``, ``results.csv``, ``results.png``, TensorBoard events and
+checkpoints. Under ``-m`` every job is a fresh process that starts from its resolved configuration.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import hydra
+import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_zeroprompt.cli.build import (
+    build_datamodule,
+    build_module,
+    build_trainer,
+    evaluation_factory,
+    open_corpus,
+    quieten,
+)
+from lightning_zeroprompt.cli.config import (
+    RESOLVED,
+    config_dir,
+    read_config,
+    report_user_errors,
+    run_in_fresh_process,
+    write_atomically,
+)
+from lightning_zeroprompt.cli.results import TensorBoardReport, print_results, save_results
+
+__all__ = ["main", "train"]
+
+_METRIC = "heldout_normalised"
+
+
+def train(config: DictConfig) -> None:
+    """Run one job and leave its results in the run folder.
+
+    Args:
+        config: A composed configuration of ``conf/train.yaml``; interpolations need not be resolved.
+    """
+    quieten()
+    folder = Path(config.paths.output_dir)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    corpus = open_corpus(config)
+    trainer = build_trainer(config)
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    steps = config.trainer.max_steps * config.trainer.accumulate_grad_batches
+    datamodule = build_datamodule(config, corpus, steps=steps, on_gpu=on_gpu)
+    module = build_module(config, corpus, len(datamodule.task_indices))
+    if trainer.is_global_zero:
+        write_atomically(folder / RESOLVED, OmegaConf.to_yaml(config, resolve=True))
+    report = TensorBoardReport(trainer, config, datamodule, module)
+    trainer.validate(module, datamodule, verbose=False)
+    untrained = module.summaries[0]
+    trainer.fit(module, datamodule, ckpt_path=config.resume_from)
+    if config.evaluation.shuffled:
+        datamodule.evaluation = evaluation_factory(config, on_gpu=on_gpu, shuffled=True)
+    trainer.validate(module, datamodule, verbose=False)
+    if trainer.is_global_zero:
+        results = save_results(folder, config, datamodule, module, trainer, untrained=untrained)
+        report.finish(results)
+        print_results(folder, module, untrained=untrained)
+    trainer.strategy.barrier("results")
+
+
+def job(arguments: list[str]) -> None:
+    """Run one job from its resolved configuration: ``python -m lightning_zeroprompt.cli.train CONFIG``."""
+    (path,) = arguments
+    report_user_errors(lambda: train(read_config(Path(path))))
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
+def main(config: DictConfig) -> float | None:
+    """Console script; returns the held-out score for Hydra's sweepers."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        report_user_errors(lambda: train(config))
+        return None
+    folder = Path(config.paths.output_dir)
+    run_in_fresh_process("lightning_zeroprompt.cli.train", config, folder)
+    score: float | None = json.loads((folder / "results.json").read_text(encoding="utf-8"))[_METRIC]
+    return score
+
+
+if __name__ == "__main__":
+    job(sys.argv[1:])
