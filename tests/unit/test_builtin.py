@@ -220,6 +220,12 @@ def test_two_tasks_of_equal_input_and_form_are_never_the_same_spec():
         (OPERATIONS[s.operation].name, s.domain, s.form, s.length, s.variant) for s in SPECS.values()
     )
     assert max(keys.values()) == 1
+    rng = random.Random(0)
+    two_kinds = {
+        name: {frozenset(SAMPLERS[name](rng, domain, 3, 0).kinds) for domain in DOMAINS}
+        for name in ("stranger", "two_kinds")
+    }
+    assert two_kinds["stranger"].isdisjoint(two_kinds["two_kinds"])
     for length in (2, 3, 4):
         for variant in (0, 1):
             sets = {kinds_together(domain, length, variant) for domain in DOMAINS}

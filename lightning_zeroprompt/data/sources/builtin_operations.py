@@ -76,8 +76,8 @@ def _from_amounts(scene: Scene, domain: str) -> tuple[str, ...]:
 
 
 def _from_kinds(scene: Scene, domain: str) -> tuple[str, ...]:
-    """The kinds in the list, and the one that follows the task's domain by two."""
-    return (*dict.fromkeys(scene.kinds), _ALL[(_ALL.index(domain) + 2) % len(_ALL)])
+    """The kinds in the list, and one that no list with words of the task's domain and one other kind has."""
+    return (*dict.fromkeys(scene.kinds), _ALL[(_ALL.index(domain) + 3) % len(_ALL)])
 
 
 def _from_outside(scene: Scene, domain: str) -> tuple[str, ...]:

@@ -135,9 +135,10 @@ def _mixed(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
 
 
 def _stranger(rng: random.Random, domain: str, length: int, variant: int) -> Scene:
-    """Words of one domain and one word of the next."""
+    """Words of one domain and one word of the next but one."""
+    # Not the partner: lists of two partner kinds are another distribution, with other operations on it.
     names = tuple(DOMAINS)
-    other = names[(names.index(domain) + 1) % len(names)]
+    other = names[(names.index(domain) + 2) % len(names)]
     kinds = tuple(rng.sample([domain] * (length - 1) + [other], length))
     same, _ = _words(rng, domain, length)
     items = tuple(rng.choice(DOMAINS[other]) if kind == other else word for kind, word in zip(kinds, same, strict=True))
