@@ -4,6 +4,7 @@
 import argparse
 import collections
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -69,6 +70,10 @@ def _pair(text: str) -> tuple[str, Any]:
     if not found:
         raise ValueError(f"--load {text!r} is no KEY=VALUE")
     return key, value if value != "null" else None
+
+
+def _cap(text: str) -> int | None:
+    return None if text == "all" else int(text)
 
 
 def _tiers(tasks: Sequence[TaskInfo]) -> str:
@@ -149,7 +154,13 @@ def _mixture(args: argparse.Namespace) -> None:
 
     corpus = Corpus.open(args.folder)
     chosen = select_tasks(corpus.tasks, args.num_tasks, args.seed)
-    mixture = Mixture(corpus, chosen, seed=args.seed, settings=MixtureSettings())
+    settings = MixtureSettings(
+        max_per_class=args.max_per_class,
+        max_per_task=args.max_per_task,
+        temperature=args.temperature,
+        category_exponent=args.category_exponent,
+    )
+    mixture = Mixture(corpus, chosen, seed=args.seed, settings=settings)
     start = time.perf_counter()
     realised = mixture.realised(0, args.draws)
     seconds = time.perf_counter() - start
@@ -209,12 +220,18 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_describe)
     command.add_argument("folder", type=Path)
 
-    command = commands.add_parser("mixture", help="target against realised counts of the default mixture")
+    command = commands.add_parser("mixture", help="target against realised counts of a mixture")
     command.set_defaults(run=_mixture)
     command.add_argument("folder", type=Path)
     command.add_argument("--num-tasks", type=int, help="training tasks (default: all)")
     command.add_argument("--draws", type=int, default=131_072, help="draws to count (default: 131072, whole blocks)")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--max-per-class", type=_cap, default=128, help="cap of a class, or all (default: 128)")
+    command.add_argument("--max-per-task", type=_cap, default=256, help="cap of a task without classes, or all")
+    command.add_argument("--temperature", type=float, default=math.inf, help="default: inf, every task alike")
+    command.add_argument(
+        "--category-exponent", type=float, help="first draw a category, weighted by its size to this power"
+    )
     command.add_argument("--show", type=int, default=20, help="tasks to list, largest difference first (default: 20)")
     return parser
 

@@ -240,6 +240,10 @@ class Corpus:
                 )
         return cls(path, manifest)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled memory map would carry the whole array; a spawned worker opens the folder itself.
+        return Corpus.open, (self.path,)
+
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
         """The tokeniser of the corpus, loaded at first use."""

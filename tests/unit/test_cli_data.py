@@ -83,6 +83,9 @@ def test_mixture(folder, capsys):
     assert "12 tasks, 3,072 draws" in printed
     worst = float(re.search(r"largest difference .*: ([0-9.]+)", printed)[1])
     assert 0 <= worst < 3
+    main(["mixture", str(folder), "--max-per-class", "all", "--temperature", "2", "--draws", "512"])
+    capsys.readouterr()
+    assert "max_per_task is 0" in fails(capsys, "mixture", folder, "--max-per-task", 0)
     assert "asked for 31 training tasks" in fails(capsys, "mixture", folder, "--num-tasks", 31)
 
 

@@ -177,13 +177,19 @@ def test_double_options_are_merged_and_single_ones_dropped():
 
 
 def long_examples():
-    return [Example(input="x" * size, outputs=("o" * 50,), fields={"more": "y"}) for size in (5, 10, 11, 30)]
+    return [
+        Example(input="0123456789abcdefghijklmnopqrstuv"[:size], outputs=("o" * 50,), fields={"more": "y"})
+        for size in (5, 10, 11, 30)
+    ]
 
 
 def test_long_inputs_are_cut_and_counted(tmp_path):
     corpus = compiled([make_task(examples=long_examples())], tmp_path / "c", max_input_tokens=10)
-    lengths = sorted(len(corpus.segment(int(row))) for row in corpus.row_first_segment)
-    assert lengths == [5, 10, 10, 10]
+    texts = [
+        [corpus.tokenizer.decode(corpus.segment(int(row) + k)) for k in range(3)] for row in corpus.row_first_segment
+    ]
+    assert sorted(text for text, *_ in texts) == ["01234", *["0123456789"] * 3]
+    assert all(rest == ["y", "o" * 50] for _, *rest in texts)
     assert corpus.tasks[0].num_truncated == corpus.counts["truncated"] == 2
     assert corpus.tasks[0].mean_input_tokens == pytest.approx((5 + 10 + 10 + 10) / 4 + 1)
     assert corpus.tasks[0].mean_output_tokens == 50

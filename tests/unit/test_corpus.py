@@ -2,6 +2,7 @@
 """Reading a compiled folder: what it says is what was put in, and damage is refused."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -163,6 +164,14 @@ def test_fingerprint_is_of_content_not_place(corpus, tmp_path):
     other = compile_tasks(tasks(), tmp_path / "d", tokenizer=ByteTokenizer(), progress=False, seed=1)
     assert other.fingerprint != again.fingerprint
     assert manifest_fingerprint({"a": 1, "fingerprint": "x"}) == manifest_fingerprint({"a": 1})
+
+
+def test_pickling_carries_the_path_and_not_the_arrays(corpus):
+    content = pickle.dumps(corpus)
+    assert len(content) < 1000
+    again = pickle.loads(content)
+    assert again.fingerprint == corpus.fingerprint
+    assert np.array_equal(again.tokens, corpus.tokens)
 
 
 def test_opening_imports_nothing_heavy(corpus):

@@ -95,6 +95,14 @@ def test_choices_are_core_first_stratified_and_nested(folder):
     assert selection_summary(tasks) == {"core_tasks": 9, "extra_tasks": 3, "core_families": 9, "new_families": 1}
 
 
+def test_every_prefix_holds_its_share_of_unequal_categories(tmp_path):
+    write(tmp_path / "d", "train", [row(f"t{i:02d}", category="big" if i < 16 else "small") for i in range(20)])
+    for seed in range(5):
+        for count in (5, 10, 15):
+            tasks = parquet_tasks(tmp_path / "d", splits=("train",), num_tasks=count, seed=seed)
+            assert sum(task.category == "small" for task in tasks) == count // 5
+
+
 def test_instructions_become_templates(folder):
     lines = [
         {"task": "core0", "instructions": ["First {x}.", "Second.", "First {x}."]},

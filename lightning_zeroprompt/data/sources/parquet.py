@@ -65,9 +65,9 @@ class _Found:
 
 
 class _File:
-    """A parquet file, read one row group at a time; the latest stays in memory for the next task."""
+    """A parquet file, read one row group at a time; the latest of all files stays in memory for the next task."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, latest: dict[tuple[Path, int], Any]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -77,7 +77,7 @@ class _File:
         except (OSError, pa.ArrowException) as error:
             raise TaskError(f"{path} could not be read as parquet ({error}); download or write it again") from None
         self._check_columns()
-        self._group = functools.lru_cache(maxsize=1)(self._read_group)
+        self._latest = latest
 
     def _check_columns(self) -> None:
         import pyarrow as pa
@@ -103,8 +103,12 @@ class _File:
         if self._file.metadata.num_rows == 0:
             raise TaskError(f"{self.path} has no rows; remove the file or fill it")
 
-    def _read_group(self, index: int) -> Any:
-        return self._file.read_row_group(index, columns=list(COLUMNS))
+    def _group(self, index: int) -> Any:
+        key = (self.path, index)
+        if key not in self._latest:
+            self._latest.clear()
+            self._latest[key] = self._file.read_row_group(index, columns=list(COLUMNS))
+        return self._latest[key]
 
     def index(self) -> dict[str, _Found]:
         """Tasks in the order of their first rows."""
@@ -295,12 +299,13 @@ def parquet_tasks(
     instructions = _instructions(files[-1]) if files[-1].suffix == ".jsonl" else {}
     train: list[Task] = []
     heldout: list[Task] = []
+    latest: dict[tuple[Path, int], Any] = {}
     for file in files:
         if file.suffix != ".parquet":
             continue
         role: Literal["train", "heldout"] = "train" if file.stem.startswith("train") else "heldout"
         try:
-            found = _File(file).index()
+            found = _File(file, latest).index()
         except UnicodeDecodeError as error:
             raise TaskError(f"{file} holds text that is not UTF-8 ({error.reason}); write it again as UTF-8") from None
         for name, entry in found.items():
