@@ -12,8 +12,8 @@ then the end of everything else, so instruction and options stay whole as long a
 at a random place in each, which fixes both lengths in closed form; T5's random segmentation has the same mean and
 needs a loop or a sort an example.
 
-Everything is vectorised over examples. Measured (one core, 1,000 tasks, means of 200 encoder tokens): 3 to 5
-microseconds an example for plan and gather, against about 100 for a Python loop over the same pieces.
+Everything is vectorised over examples. Measured (processor time, one core, 1,000 tasks, a mean of 74 encoder tokens):
+0.7 microseconds an example for the plan and 0.9 for the gather, after 0.7 for the draw.
 """
 
 import dataclasses

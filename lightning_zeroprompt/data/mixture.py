@@ -9,8 +9,7 @@ order is a keyed permutation. The k-th draw of a task goes round its classes (in
 inside a class, round its capped rows in an order keyed by the epoch: no row comes twice before every other has come
 once. Template, option order and noise are hashes of the position.
 
-Alternatives: independent random draws need no bookkeeping and leave a task of 1,000 about sqrt(k) off after k draws;
-    streaming
+Alternatives: independent random draws need no bookkeeping and leave a task about sqrt(k) off its target k; streaming
 interleaves (``datasets.interleave_datasets``) hold an open iterator a task and cannot be entered in the middle.
 Balance rules follow ZeroPrompt's 128 examples a class (arXiv 2201.06910) and T5's examples-proportional temperature
 mixing (arXiv 1910.10683).

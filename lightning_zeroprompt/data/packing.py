@@ -12,10 +12,9 @@ the tighter capacity to the largest share that leaves next to nothing over. What
 and skipped.
 
 Alternatives: padding one example a row (T5 with padding: most positions are padding at mixed lengths); concatenating
-    and
-cutting (a sequence may be cut in the middle, encoder and decoder cannot both be cut); carrying leftovers on (then a
-step depends on all steps before it). Measured: about 2 microseconds an example (one core, windows of 4,096 draws and
-more).
+and cutting (a sequence may be cut in the middle, encoder and decoder cannot both be cut); carrying leftovers on (then
+a step depends on all steps before it). Measured (processor time, 1,000 public tasks, rows of 512 and 128): about 1.5
+microseconds an example, 96 to 97 % of encoder and 39 % of decoder positions real, under 0.3 % of the draws left over.
 """
 
 import dataclasses
@@ -43,6 +42,9 @@ _SAFETY = 0.015
 _LEFT_OVER = 0.001
 _WINDOW_DRAWS = 4096
 _LONGEST_WINDOW = 256
+# Sizes are compared in steps of 1 / _GRAIN of a row. Of the capacity, _SPREAD is dealt out to the emptiest rows: with
+# less, the last rows lack large examples, with more, small ones find every row a little too full (0 to 1 tried on real
+# lengths).
 _GRAIN = 2048
 _SPREAD = 0.7
 

@@ -297,6 +297,7 @@ from lightning_zeroprompt.data.corpus import Corpus
 
 class Save(t.Recorder):
     def on_train_end(self):
+        assert not {{"datasets", "pyarrow"}} & set(sys.modules)
         with open({out!r} + f"/{{self.trainer.global_rank}}.json", "w") as file:
             json.dump(self.seen, file)
 
