@@ -24,7 +24,7 @@ A batch is a dictionary (B examples, N options)::
     target_labels     int64 [B, T], -100 = padding; the first right output with its end mark               generation
     max_new_tokens    int: the longest right output of the step with its end mark, within a cap            generation
 
-Cost: 0.1 s to lay out 10,000 items, 1 ms a batch of 64 (one core).
+Cost, one core: 10 ms to lay out 3,000 items of the real tasks, 4 ms a batch of 50 of them, 9 ms one of 400 short items.
 """
 
 import copy

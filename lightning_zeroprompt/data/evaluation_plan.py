@@ -15,7 +15,7 @@ Baselines need no model and are computed from the sample: chance (mean share of 
 most frequent answer of the sample, which looks at the evaluated labels and so flatters this baseline), and the first
 option.
 
-Cost: 0.1 s for 200 tasks of 8 rows and 4 templates.
+Cost: 0.3 s for 276 real tasks of 8 rows.
 """
 
 import collections

@@ -17,7 +17,7 @@ clipped to [0, 1], with one draw a task for all its templates, because they shar
 the careful end. Two stages are wider than drawing tasks alone, which would show no spread for a category of one task.
 
 Alternative: keeping every example's score allows exact redraws and paired tests, at examples x scores of memory and an
-all-gather instead of a sum. Cost: 0.2 s for 400 tasks of 4 templates and 1,000 draws (one core).
+all-gather instead of a sum. Cost: 0.4 s for 300 tasks of 6 templates and 1,000 draws (one core).
 """
 
 import dataclasses

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_zeroprompt.data.evaluation import EvaluationDataset, EvaluationSettings, plan_evaluation, split_tasks
+from lightning_zeroprompt.data.evaluation import (
+    EvaluationDataset,
+    EvaluationSettings,
+    _bounds,
+    plan_evaluation,
+    split_tasks,
+)
 from lightning_zeroprompt.data.instruction_shuffle import shuffled_templates
 
 TRAIN = (0, 1, 2, 3)
@@ -100,9 +106,11 @@ def test_templates_of_a_task_share_rows_and_items_follow_cells(evaluation_corpus
     plan = plan_evaluation(evaluation_corpus, TRAIN)
     for cell in plan.cells:
         np.testing.assert_array_equal(plan.item_row[plan.item_cell == cell.index], plan.samples[cell.sample].rows)
-    one = plan_evaluation(evaluation_corpus, TRAIN, EvaluationSettings(templates_per_task=1, instance_tasks=2))
-    instance = [sample for sample in one.samples if sample.level == "instance"]
-    assert {sample.task.category for sample in instance} == {"a", "b"}  # in turn from every category
+    for seed in range(8):
+        settings = EvaluationSettings(templates_per_task=1, instance_tasks=2, seed=seed)
+        one = plan_evaluation(evaluation_corpus, TRAIN, settings)
+        instance = [sample for sample in one.samples if sample.level == "instance"]
+        assert {sample.task.category for sample in instance} == {"a", "b"}  # in turn from every category
     sizes = one.sample_sizes()
     assert sizes["instance_tasks"] == 2
     assert sizes["items"] == len(one.item_row)
@@ -174,6 +182,21 @@ def test_batches_keep_the_budget_and_are_sorted_by_targets_then_inputs(evaluatio
         keys[item["kind"]].append((int(np.ceil(np.log2(longest))), len(item["ids"])))
     assert all(values == sorted(values, reverse=True) for values in keys.values())
     assert len({target for target, _ in keys["generation"]}) > 1
+
+
+def test_bounds_keep_both_budgets_and_fill_them():
+    generator = np.random.default_rng(0)
+    sizes = [tuple(row) for row in generator.integers(1, 20, size=(300, 3)).tolist()]
+    bounds = list(_bounds(sizes, 400))
+    assert [index for start, end in bounds for index in range(start, end)] == list(range(300))
+
+    def cost(start, end):
+        inputs, number, longest = zip(*sizes[start:end], strict=True)
+        return max((end - start) * max(inputs), sum(number) * max(longest))
+
+    assert all(cost(start, end) <= 400 for start, end in bounds)
+    assert all(cost(start, end + 1) > 400 for start, end in bounds[:-1])
+    assert list(_bounds([(500, 1, 1), (1, 1, 500)], 400)) == [(0, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])

@@ -136,6 +136,19 @@ def test_example_redraws_have_the_error_of_the_mean(plan):
     assert macro.high - macro.low == pytest.approx(2 * np.sqrt(0.3 / 6), rel=0.05)
 
 
+def test_task_redraws_have_the_error_of_the_mean_over_tasks(plan):
+    # Every task all right or all wrong, so examples add nothing: six tasks, half of them right, have sqrt(.25 / 6).
+    counts = np.repeat([[len(plan.samples[cell.sample].rows)] for cell in plan.cells], len(SCORES), axis=1)
+    held = [sample.index for sample in plan.samples if sample.level != "instance"]
+    right = np.array([cell.sample in held[::2] for cell in plan.cells])
+    sums = np.where(right[:, None], counts, 0).astype(float)
+    table = CellScores(names=SCORES, counts=counts, sums=sums, squares=sums)
+    macro = summarise(plan, table, resamples=20000).find("heldout")
+    assert macro.score == 0.5
+    drawn = np.random.default_rng(0).binomial(6, 0.5, size=200000) / 6
+    assert (macro.low, macro.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=1e-9)
+
+
 def test_unfinished_tables_are_refused(plan):
     table = _table(plan, 0.5)
     short = dataclasses.replace(table, counts=table.counts // 2)
