@@ -125,7 +125,8 @@ def _describe(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     corpus = Corpus.open(args.folder)
-    console = Console()
+    # Eight columns of numbers leave names no room on the 80 columns that a pipe is taken for.
+    console = Console(width=max(Console().width, 104))
     counts = corpus.counts
     tokenizer = json.loads((corpus.path / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
     console.print(f"{corpus.path}  {_size(corpus.path)}  fingerprint {corpus.fingerprint[:16]}", highlight=False)

@@ -8,17 +8,17 @@ the same bit by bit for any number of workers, with or without a kill. Workers a
 is the tokeniser's own native code, which runs on all cores and lets Python go on meanwhile; processes would have to
 pickle the sources' closures.
 
+Measured on two shared cores: 1,244 real tasks, 718,000 rows and 130 MB of text take 131 s with a BPE of 32,000 ids that
+is trained on the way (139 MiB), and 78 s as bytes (350 MiB).
+
 After an error in the data or on the disk the partial folder is removed; after a kill or an interrupt it stays for the
 next run.
 """
 
 import collections
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from lightning_zeroprompt.data.corpus import (
     ARRAYS,
@@ -41,11 +40,10 @@ from lightning_zeroprompt.data.corpus import (
 from lightning_zeroprompt.data.shards import Limits, TaskPart, encode_task, read_part, task_record, write_part
 from lightning_zeroprompt.data.task import Example, Task, TaskError
 from lightning_zeroprompt.data.tokenizer import BpeTokenizer, TextTokenizer, load_tokenizer
+from lightning_zeroprompt.data.workspace import clear_errors, held, open_partial, progress_bar, write_json
 
 __all__ = ["BpeSpec", "check_tasks", "compile_settings", "compile_tasks"]
 
-_log = logging.getLogger(__name__)
-_MARKER = "compiling.json"
 # About 1 KB each; made-up tasks cost more to make twice than to keep.
 _KEPT_EXAMPLES = 400_000
 
@@ -59,7 +57,8 @@ class BpeSpec:
 
     Attributes:
         vocab_size: Upper limit of ids.
-        sample_chars: Characters to train on, in all; 40 million take about 25 s on two cores.
+        sample_chars: Most characters to train on, in all. 1,000 real tasks give 28 million under the default (small
+            tasks have fewer than their share), which take 22 s of processor time and 1.1 GB.
     """
 
     vocab_size: int = 32_000
@@ -90,25 +89,6 @@ def check_tasks(tasks: Sequence[Task]) -> None:
                 f"held out; "
                 "give both the same role, or different families if they share no data"
             )
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CorpusError(f"could not make {folder.parent}: {error}; check the path and its rights") from error
-    # The system frees this lock when its process dies, so a kill leaves nothing that would block the next run.
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _log.warning("another process compiles into %s; waiting for it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Reader:
@@ -181,14 +161,8 @@ def _tokenizer(
     if cache.is_file():
         return load_tokenizer(json.loads(cache.read_text(encoding="utf-8")))
     trained = BpeTokenizer.train(_sample_texts(tasks, reader, spec.sample_chars, seed, advance), spec.vocab_size)
-    _write_json(trained.state(), cache)
+    write_json(trained.state(), cache)
     return trained
-
-
-def _write_json(content: Any, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _encode_all(
@@ -280,7 +254,7 @@ def _assemble(paths: Sequence[Path], final: Path, tokenizer: TextTokenizer, sett
     for name in ARRAYS[1:]:
         with (final / f"{name}.npy").open("wb") as file:
             np.save(file, arrays[name], allow_pickle=False)
-    _write_json(tokenizer.state(), final / TOKENIZER)
+    write_json(tokenizer.state(), final / TOKENIZER)
     files = {}
     for name in sorted([TOKENIZER, *(f"{name}.npy" for name in ARRAYS)]):
         with (final / name).open("rb") as written:
@@ -303,67 +277,7 @@ def _assemble(paths: Sequence[Path], final: Path, tokenizer: TextTokenizer, sett
     }
     # Through JSON once, so that the hash is of what a reader will load.
     manifest = json.loads(json.dumps(manifest))
-    _write_json(manifest | {"fingerprint": manifest_fingerprint(manifest)}, final / MANIFEST)
-
-
-def _open_partial(partial: Path, key: Mapping[str, Any]) -> None:
-    if partial.exists():
-        try:
-            found = json.loads((partial / _MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            if any(partial.iterdir()) if partial.is_dir() else True:
-                raise CorpusError(
-                    f"{partial} is in the way and was not left by a compilation; delete it or compile into another "
-                    f"folder"
-                ) from None
-            found = None
-        if found == key:
-            _log.info("taking up the compilation that was cut off in %s", partial)
-        elif found is not None:
-            _log.warning("%s was left by a compilation with other settings; its parts are discarded", partial)
-            shutil.rmtree(partial)
-    (partial / "parts").mkdir(parents=True, exist_ok=True)
-    _write_json(key, partial / _MARKER)
-
-
-@contextlib.contextmanager
-def _clear_errors(folder: Path, partial: Path) -> Iterator[None]:
-    """Turn disk errors into one clear error and leave nothing half-written after any error."""
-    try:
-        yield
-    except OSError as error:
-        used = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CorpusError(
-                f"the disk filled while compiling into {folder}: {used / 2**20:.1f} MiB were written (and are removed "
-                f"again); a "
-                "corpus needs about twice its size while it is compiled: free space, lower the caps, or use another "
-                "disk"
-            ) from error
-        raise CorpusError(f"could not write {folder}: {error}; check the folder's rights and the disk") from error
-    except Exception:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[str], None]]:
-    if not show:
-        yield lambda _: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("compile"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, transient=True) as bar:
-        ticket = bar.add_task("", total=total)
-        yield lambda name: bar.update(ticket, advance=1, description=name[-48:].replace("[", "("))
+    write_json(manifest | {"fingerprint": manifest_fingerprint(manifest)}, final / MANIFEST)
 
 
 def compile_tasks(
@@ -426,7 +340,7 @@ def compile_tasks(
         heldout_max=heldout_max,
     )
     settings = compile_settings(tokenizer, limits, source)
-    with _held(folder):
+    with held(folder):
         found = _existing(folder, settings, existing)
         if found is not None:
             return found
@@ -482,12 +396,12 @@ def _compile(
     check_tasks(tasks)
     partial = folder.with_name(folder.name + ".partial")
     try:
-        _open_partial(partial, {"settings": dict(settings)})
+        open_partial(partial, {"settings": dict(settings)})
     except OSError as error:
         raise CorpusError(f"could not write {partial}: {error}; check the folder's rights and the disk") from error
     sampled = sum(task.role == "train" for task in tasks) or len(tasks)
     trains = isinstance(tokenizer, BpeSpec) and not (partial / TOKENIZER).is_file()
-    with _clear_errors(folder, partial), _bar(progress, len(tasks) + sampled * trains) as advance:
+    with clear_errors(folder, partial), progress_bar(progress, len(tasks) + sampled * trains) as advance:
         reader = _Reader()
         encoder = _tokenizer(tokenizer, tasks, reader, limits.seed, partial / TOKENIZER, advance)
         paths = _encode_all(tasks, reader, encoder, limits, partial / "parts", num_workers, advance)

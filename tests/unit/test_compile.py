@@ -365,6 +365,9 @@ def test_a_foreign_partial_folder_is_refused(tmp_path):
     with pytest.raises(CorpusError, match="was not left by a compilation"):
         compiled([make_task()], tmp_path / "c")
     assert (foreign / "thesis.txt").read_text() == "mine"
+    (foreign / "thesis.txt").unlink()
+    (foreign / "compiling.tmp").write_text("{")
+    assert compiled([make_task()], tmp_path / "c").counts["tasks"] == 1
 
 
 def test_reuse_lists_no_tasks(tmp_path):
@@ -391,18 +394,22 @@ def test_two_processes_make_one_corpus(tmp_path):
     assert printed[0] == printed[1] != ""
 
 
-@pytest.mark.parametrize("place", ["part", "tokens", "array"])
+@pytest.mark.parametrize("place", ["marker", "part", "tokens", "array"])
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, monkeypatch, place):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if place == "part":
+    if place == "marker":
+        monkeypatch.setattr(Path, "write_text", full)
+    elif place == "part":
         monkeypatch.setattr(Path, "write_bytes", full)
     elif place == "tokens":
         monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     else:
         monkeypatch.setattr(np, "save", full)
-    with pytest.raises(CorpusError, match=r"the disk filled while compiling .* MiB were written"):
+    with pytest.raises(
+        CorpusError, match="No space left" if place == "marker" else "the disk filled while compiling .* MiB were"
+    ):
         compiled(several(), tmp_path / "c")
     monkeypatch.undo()
     assert not leftovers(tmp_path / "c")
