@@ -98,7 +98,7 @@ def shard_t5(model: T5, mesh: DeviceMesh) -> None:
     for layer in model.decoder:
         for method in ("step", "project_memory"):
             register_fsdp_forward_method(layer, method)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for method in ("encode", "decode", "option_logprobs", "generate"):
         register_fsdp_forward_method(model, method)
 

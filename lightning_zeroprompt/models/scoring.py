@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_zeroprompt.metrics.exact_match import exact_match
 from lightning_zeroprompt.metrics.rouge import rouge_l
@@ -140,11 +141,16 @@ def score_generation(model: T5, batch: Mapping[str, Any], tokenizer: _Decoder) -
         tokenizer: Turns ids into text.
     """
     task_ids, segments, labels = batch.get("task_ids"), batch["input_segments"], batch["target_labels"]
+    memory = model.encode(batch["input_ids"], segments, task_ids)
     ids = model.generate(
-        batch["input_ids"], segments, batch["max_new_tokens"], task_ids=task_ids, eos_id=tokenizer.eos_id
+        batch["input_ids"],
+        segments,
+        batch["max_new_tokens"],
+        memory=memory,
+        eos_id=tokenizer.eos_id,
+        stop_early=not isinstance(model, FSDPModule),
     )
     texts = [tokenizer.decode(row) for row in ids.tolist()]
-    memory = model.encode(batch["input_ids"], segments, task_ids)
     total, count = model.option_logprobs(memory, segments, labels, torch.arange(len(labels), device=labels.device))
     pairs = list(zip(texts, batch["references"], strict=True))
     return GenerationScores(

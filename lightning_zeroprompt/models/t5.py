@@ -257,8 +257,10 @@ class T5(nn.Module):
         max_new_tokens: int = 64,
         *,
         task_ids: Tensor | None = None,
+        memory: Tensor | None = None,
         eos_id: int = 1,
         pad_id: int = 0,
+        stop_early: bool = True,
     ) -> Tensor:
         """Decode greedily, one example a row, keys and values cached.
 
@@ -267,8 +269,11 @@ class T5(nn.Module):
             input_segments: ``[B, Le]``, 1 = token, 0 = padding; None: no padding.
             max_new_tokens: Limit of the result's length.
             task_ids: ``[B, Le]``, see :meth:`forward`.
+            memory: The encoder's output for these inputs, where it is known already.
             eos_id: Ends a row.
             pad_id: Starts the decoder, and fills rows after their end.
+            stop_early: Stop when all rows have ended. Ranks that share a sharded model must not: each step gathers
+                weights, which all ranks have to do equally often.
 
         Returns:
             ``[B, T]`` int64, T <= max_new_tokens: without the start token, eos included where a row has ended.
@@ -278,7 +283,8 @@ class T5(nn.Module):
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
-        memory = self.encode(input_ids, input_segments, task_ids)
+        if memory is None:
+            memory = self.encode(input_ids, input_segments, task_ids)
         layers = [layer for layer in self.decoder if isinstance(layer, DecoderLayer)]
         projected = [layer.project_memory(memory) for layer in layers]
         batch, config = len(memory), self.config
@@ -296,7 +302,7 @@ class T5(nn.Module):
             last = self.head(x[:, 0], self.shared.weight).argmax(-1).masked_fill(ended, pad_id)
             tokens[:, position] = last
             ended |= last == eos_id
-            if bool(ended.all()):
+            if stop_early and bool(ended.all()):
                 return tokens[:, : position + 1]
         return tokens
 
