@@ -11,13 +11,15 @@ handle stays open.
 Layout (all ``.npy``; S segments, N rows, T templates; template codes: ``>= 0`` the segment of a literal, ``-1`` the
 options, ``-2 - k`` field ``k`` of the task, of which field 0 is ``input``)::
 
-    tokens                uint16, or uint32 from 65,536 ids on     row_first_segment   int64 [N]  fields, then outputs
-    segment_offsets       int64 [S + 1]                            row_num_outputs     int16 [N]
-    template_codes        int64                                    row_option_segment  int64 [N]  -1: free answer
-    template_offsets      int64 [T + 1]                            row_num_options     int16 [N]
-    template_separator    int64 [T]                                row_label           int32 [N]  -1: free answer
-    template_verbalizer   int64 [T]  -1: none                      template_role       int8 [T]   0 train, 1 held out
+    tokens                uint16, or uint32 from 65,536 ids on     row_first_segment   [N]  fields, then outputs
+    segment_offsets       [S + 1]                                  row_num_outputs     [N]
+    template_codes                                                 row_option_segment  [N]  -1: free answer
+    template_offsets      [T + 1]                                  row_num_options     [N]
+    template_separator    [T]                                      row_label           [N]  -1: free answer
+    template_verbalizer   [T]  -1: none                            template_role       [T]   0 train, 1 held out
 
+Offsets and row arrays are signed integers of 16, 32 or 64 bits, the narrowest that holds the array's numbers; template
+arrays are int64.
 Opening checks the manifest and the sizes; :meth:`Corpus.verify` reads everything and checks all hashes.
 """
 
@@ -44,6 +46,7 @@ __all__ = [
     "TaskInfo",
     "TemplateInfo",
     "manifest_fingerprint",
+    "take",
 ]
 
 FORMAT = 1
@@ -162,6 +165,16 @@ def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def take(array: npt.NDArray[np.signedinteger[Any]], index: Any) -> npt.NDArray[np.int64]:
+    """Entries of a stored array as int64, in which sums and products of them have room.
+
+    Args:
+        array: An array of :class:`Corpus`, of any width.
+        index: Anything that numpy indexes with.
+    """
+    return np.asarray(array)[index].astype(np.int64)
+
+
 def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
 
@@ -180,17 +193,17 @@ class Corpus:
     """
 
     tokens: npt.NDArray[np.unsignedinteger[Any]]
-    segment_offsets: npt.NDArray[np.int64]
-    row_first_segment: npt.NDArray[np.int64]
-    row_num_outputs: npt.NDArray[np.int16]
-    row_option_segment: npt.NDArray[np.int64]
-    row_num_options: npt.NDArray[np.int16]
-    row_label: npt.NDArray[np.int32]
+    segment_offsets: npt.NDArray[np.signedinteger[Any]]
+    row_first_segment: npt.NDArray[np.signedinteger[Any]]
+    row_num_outputs: npt.NDArray[np.signedinteger[Any]]
+    row_option_segment: npt.NDArray[np.signedinteger[Any]]
+    row_num_options: npt.NDArray[np.signedinteger[Any]]
+    row_label: npt.NDArray[np.signedinteger[Any]]
     template_codes: npt.NDArray[np.int64]
     template_offsets: npt.NDArray[np.int64]
     template_separator: npt.NDArray[np.int64]
     template_verbalizer: npt.NDArray[np.int64]
-    template_role: npt.NDArray[np.int8]
+    template_role: npt.NDArray[np.signedinteger[Any]]
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path

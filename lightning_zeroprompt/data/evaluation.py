@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
+from lightning_zeroprompt.data.corpus import Corpus, TaskInfo, take
 from lightning_zeroprompt.data.evaluation_plan import (
     EvaluationCell,
     EvaluationPlan,
@@ -206,7 +206,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
 
     def _targets(self, segments: _Ints) -> Ragged:
         """Tokens of segments with end marks, within the decoder's length."""
-        start = np.stack([self.corpus.segment_offsets[segments], np.full_like(segments, -1 - self._eos)], axis=1)
+        start = np.stack([take(self.corpus.segment_offsets, segments), np.full_like(segments, -1 - self._eos)], axis=1)
         length = np.ones_like(start)
         length[:, 0] = np.minimum(self._lengths(segments), self._decoder_length - 1)
         pieces = Pieces(start.ravel(), length.ravel(), 2 * np.arange(len(segments) + 1))
@@ -215,13 +215,13 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
     def _options(self, cells: _Ints, rows: _Ints) -> tuple[_Ints, _Ints]:
         """First segment and number of the options that each item chooses from."""
         verbalizer = self.corpus.template_verbalizer[self._shown[cells]]
-        first = np.where(verbalizer >= 0, verbalizer, self.corpus.row_option_segment[rows])
-        return first, self.corpus.row_num_options[rows].astype(np.int64)
+        first = np.where(verbalizer >= 0, verbalizer, take(self.corpus.row_option_segment, rows))
+        return first, take(self.corpus.row_num_options, rows)
 
     def _outputs(self, rows: _Ints, tasks: list[TaskInfo]) -> tuple[_Ints, _Ints]:
         """First segment and number of the right outputs of each row."""
         fields = np.array([len(task.fields) for task in tasks], dtype=np.int64)
-        return self.corpus.row_first_segment[rows] + fields, self.corpus.row_num_outputs[rows].astype(np.int64)
+        return take(self.corpus.row_first_segment, rows) + fields, take(self.corpus.row_num_outputs, rows)
 
     def _input_lengths(self) -> _Ints:
         """Tokens of every item's joined input before any cut; joined in chunks, so that memory stays small."""
@@ -246,7 +246,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
 
     def _lengths(self, segments: _Ints) -> _Ints:
         offsets = self.corpus.segment_offsets
-        return np.asarray(offsets[segments + 1] - offsets[segments])
+        return take(offsets, segments + 1) - take(offsets, segments)
 
     def _longest_output(self, items: _Ints) -> int:
         rows = self.plan.item_row[items]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_zeroprompt.data.corpus import take
 from lightning_zeroprompt.data.permutation import SHORT, below, mix64, permute
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class Joiner:
 
     def plan(self, draws: "Draws") -> JoinPlan:
         """Pieces and lengths of ``draws``; touches no token."""
-        first = np.asarray(self.corpus.row_first_segment)[draws.row]
+        first = take(self.corpus.row_first_segment, draws.row)
         # Of an input of one token nothing would be left to read, so such a draw trains the task.
         noised = draws.denoise & (self._offsets[first + 1] - self._offsets[first] > 1)
         if not noised.any():
@@ -218,13 +219,13 @@ class Joiner:
         """Template and target pieces of the draws ``at``."""
         corpus, row, template = self.corpus, draws.row[at], draws.template[at]
         encoder, cut = _template_pieces(corpus, row, template, draws.key[at], self.encoder_length, self._eos)
-        label = np.asarray(corpus.row_label)[row]
+        label = take(corpus.row_label, row)
         verbalizer = np.asarray(corpus.template_verbalizer)[template]
         target = np.where(
             (verbalizer >= 0) & (label >= 0), verbalizer + label, first + self._num_fields[draws.task[at]]
         )
-        start = self._offsets[target]
-        whole = self._offsets[target + 1] - start
+        start = take(self._offsets, target)
+        whole = take(self._offsets, target + 1) - start
         length = np.minimum(whole, self.decoder_length - 1)
         count = len(start)
         starts = np.full((count, 2), -1 - self._eos, dtype=np.int64)
@@ -235,8 +236,8 @@ class Joiner:
 
     def _noise_pieces(self, first: NDArray[np.int64], key: NDArray[np.uint64]) -> tuple[Pieces, Pieces, int]:
         """Pieces of span corruption over the inputs whose segments are ``first``."""
-        begin = self._offsets[first]
-        whole = self._offsets[first + 1] - begin
+        begin = take(self._offsets, first)
+        whole = take(self._offsets, first + 1) - begin
         size = np.minimum(whole, self._longest_noised)
         noise, spans = span_lengths(size, len(self._sentinels))
         ends = _ends(spans)
@@ -312,7 +313,7 @@ def _template_pieces(
     is_field = code <= _INPUT
     segment = code
     if len(options_at):
-        num_options = np.asarray(corpus.row_num_options)[row[owner[options_at]]].astype(np.int64)
+        num_options = take(corpus.row_num_options, row[owner[options_at]])
         # An option and its separator take turns, so n options are 2 n - 1 pieces.
         copies = np.ones(len(code), dtype=np.int64)
         copies[options_at] = np.maximum(2 * num_options - 1, 0)
@@ -329,15 +330,14 @@ def _template_pieces(
         if key is not None:
             shown = permute(num_options[member], key[owner_of], shown, rounds=SHORT)
         verbalizer = np.asarray(corpus.template_verbalizer)[template[owner_of]]
-        base = np.where(verbalizer >= 0, verbalizer, np.asarray(corpus.row_option_segment)[row[owner_of]])
+        base = np.where(verbalizer >= 0, verbalizer, take(corpus.row_option_segment, row[owner_of]))
         separator = np.asarray(corpus.template_separator)[template[owner_of]]
         segment[places] = np.where(rank % 2 == 0, base + shown, separator)
     field_at = np.flatnonzero(is_field)
     segment = segment.copy() if segment is code else segment
-    segment[field_at] = np.asarray(corpus.row_first_segment)[row[owner[field_at]]] + (_INPUT - code[field_at])
-    offsets = np.asarray(corpus.segment_offsets)
-    start = offsets[segment]
-    length = offsets[segment + 1] - start
+    segment[field_at] = take(corpus.row_first_segment, row[owner[field_at]]) + (_INPUT - code[field_at])
+    start = take(corpus.segment_offsets, segment)
+    length = take(corpus.segment_offsets, segment + 1) - start
     start[last], length[last] = -1 - eos, 1
     pieces = Pieces(start, length, ends)
     if limit is None:

@@ -531,3 +531,22 @@ def test_unknown_sources_and_missing_paths(tmp_path):
 def test_an_opened_corpus_needs_no_source_library(tmp_path):
     corpus = compiled(several(), tmp_path / "c")
     assert Corpus.open(corpus.path).counts == corpus.counts
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind"),
+    [
+        (0, 0, np.int16),
+        (-1, 2**15 - 1, np.int16),
+        (0, 2**15, np.int32),
+        (-(2**15) - 1, 0, np.int32),
+        (0, 2**31 - 1, np.int32),
+        (-1, 2**31, np.int64),
+        (0, 2**62, np.int64),
+    ],
+)
+def test_arrays_are_written_in_the_narrowest_width_that_holds_them(low, high, kind):
+    array = np.array([low, high], dtype=np.int64)
+    narrowed = compile_module._narrow(array)
+    assert narrowed.dtype == kind
+    assert narrowed.tolist() == [low, high]
