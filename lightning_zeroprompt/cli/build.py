@@ -70,17 +70,24 @@ def open_corpus(config: DictConfig) -> Corpus:
     return compile_source(data.source, data.path, folder, existing="replace", **arguments)
 
 
-def evaluation_settings(config: DictConfig, *, on_gpu: bool, shuffle_instructions: bool = False) -> EvaluationSettings:
+def evaluation_settings(
+    config: DictConfig, *, on_gpu: bool, during_fit: bool = False, shuffle_instructions: bool = False
+) -> EvaluationSettings:
     """What the group ``evaluation`` asks for.
 
     Args:
-        config: With the group ``evaluation``; ``examples_per_task: auto`` is 8 on a CPU and all on a GPU.
+        config: With the group ``evaluation``; ``auto`` examples are 8 a task on a CPU and all on a GPU, and during
+            training 2 and 16.
         on_gpu: Whether the model runs on a GPU.
+        during_fit: Whether it is one of the evaluations during training, which may take fewer examples.
         shuffle_instructions: Whether instructions are exchanged between tasks.
     """
     given = _plain(config.evaluation)
+    fit_examples = given.pop("fit_examples_per_task")
     if given["examples_per_task"] == "auto":
         given["examples_per_task"] = None if on_gpu else 8
+    if during_fit:
+        given["examples_per_task"] = (16 if on_gpu else 2) if fit_examples == "auto" else fit_examples
     given.pop("shuffled")
     given.pop("max_tokens")
     given["levels"] = tuple(given["levels"])
@@ -121,12 +128,15 @@ def build_datamodule(
     )
 
 
-def evaluation_factory(config: DictConfig, *, on_gpu: bool, shuffled: bool = False) -> EvaluationFactory:
+def evaluation_factory(
+    config: DictConfig, *, on_gpu: bool, during_fit: bool = False, shuffled: bool = False
+) -> EvaluationFactory:
     """Build the evaluation datasets that ``evaluation`` describes, once the training tasks are known.
 
     Args:
         config: With the groups ``data``, ``evaluation`` and ``model``.
         on_gpu: Whether the model runs on a GPU.
+        during_fit: Whether it is for the evaluations during training.
         shuffled: Whether a second dataset asks the same with the instructions of other tasks.
     """
     data, prompt = config.data, SoftPromptSettings(**_plain(config.model.soft_prompt))
@@ -135,7 +145,7 @@ def evaluation_factory(config: DictConfig, *, on_gpu: bool, shuffled: bool = Fal
         _, heldout = split_tasks(corpus.tasks, _plain(data.holdout_categories))
         datasets = []
         for shuffle in (False, True) if shuffled else (False,):
-            settings = evaluation_settings(config, on_gpu=on_gpu, shuffle_instructions=shuffle)
+            settings = evaluation_settings(config, on_gpu=on_gpu, during_fit=during_fit, shuffle_instructions=shuffle)
             plan = plan_evaluation(corpus, task_indices, settings, heldout_tasks=heldout)
             datasets.append(
                 EvaluationDataset(

@@ -56,13 +56,13 @@ def evaluate(config: DictConfig) -> None:
     quieten()
     folder = Path(config.paths.output_dir)
     merged = run_config(config)
-    pl.seed_everything(merged.seed, workers=True, verbose=False)
+    pl.seed_everything(merged.seed, workers=True, verbose=False, weights_only=True)
     corpus = open_corpus(merged)
     module = load_module(merged, corpus)
     trainer = build_trainer(merged)
     on_gpu = trainer.strategy.root_device.type == "cuda"
     datamodule = build_datamodule(merged, corpus, steps=1, on_gpu=on_gpu, shuffled=merged.evaluation.shuffled)
-    trainer.validate(module, datamodule, verbose=False)
+    trainer.validate(module, datamodule, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(merged, resolve=True))
         save_results(folder, merged, datamodule, module, trainer)

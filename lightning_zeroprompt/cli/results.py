@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,9 @@ def print_results(folder: Path, module: Text2TextModule, *, untrained: Evaluatio
         untrained: Scores before training, where known.
     """
     shuffled = module.summaries[1] if len(module.summaries) > 1 else None
-    console = Console()
+    # Beside a terminal (a log file, a pipe) rich would take 80 columns and cut the table's.
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(results_table(module.summaries[0], untrained=untrained, shuffled=shuffled))
-    console.print(f"Run folder: {folder}")
+    console.print(f"Run folder: {folder}", soft_wrap=True)
     if (folder / "tensorboard").is_dir():
         console.print(f"Curves:     tensorboard --logdir {folder}", soft_wrap=True)

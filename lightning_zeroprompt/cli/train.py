@@ -50,7 +50,7 @@ def train(config: DictConfig) -> None:
     """
     quieten()
     folder = Path(config.paths.output_dir)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
+    pl.seed_everything(config.seed, workers=True, verbose=False, weights_only=True)
     corpus = open_corpus(config)
     trainer = build_trainer(config)
     on_gpu = trainer.strategy.root_device.type == "cuda"
@@ -60,12 +60,13 @@ def train(config: DictConfig) -> None:
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(config, resolve=True))
     report = TensorBoardReport(trainer, config, datamodule, module)
-    trainer.validate(module, datamodule, verbose=False)
+    trainer.validate(module, datamodule, verbose=False, weights_only=True)
     untrained = module.summaries[0]
-    trainer.fit(module, datamodule, ckpt_path=config.resume_from)
-    if config.evaluation.shuffled:
-        datamodule.evaluation = evaluation_factory(config, on_gpu=on_gpu, shuffled=True)
-    trainer.validate(module, datamodule, verbose=False)
+    datamodule.evaluation = evaluation_factory(config, on_gpu=on_gpu, during_fit=True)
+    trainer.fit(module, datamodule, ckpt_path=config.resume_from, weights_only=True)
+    trainer.save_checkpoint(folder / "checkpoints" / "final.ckpt")
+    datamodule.evaluation = evaluation_factory(config, on_gpu=on_gpu, shuffled=config.evaluation.shuffled)
+    trainer.validate(module, datamodule, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         results = save_results(folder, config, datamodule, module, trainer, untrained=untrained)
         report.finish(results)

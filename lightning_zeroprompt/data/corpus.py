@@ -172,7 +172,8 @@ def take(array: npt.NDArray[np.signedinteger[Any]], index: Any) -> npt.NDArray[n
         array: An array of :class:`Corpus`, of any width.
         index: Anything that numpy indexes with.
     """
-    return np.asarray(array)[index].astype(np.int64)
+    taken: npt.NDArray[np.int64] = np.asarray(array)[index].astype(np.int64)
+    return taken
 
 
 def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
