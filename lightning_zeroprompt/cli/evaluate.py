@@ -56,7 +56,7 @@ def evaluate(config: DictConfig) -> None:
     quieten()
     folder = Path(config.paths.output_dir)
     merged = run_config(config)
-    pl.seed_everything(merged.seed, workers=True, verbose=False, weights_only=True)
+    pl.seed_everything(merged.seed, workers=True, verbose=False)
     corpus = open_corpus(merged)
     module = load_module(merged, corpus)
     trainer = build_trainer(merged)

@@ -50,7 +50,7 @@ def train(config: DictConfig) -> None:
     """
     quieten()
     folder = Path(config.paths.output_dir)
-    pl.seed_everything(config.seed, workers=True, verbose=False, weights_only=True)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
     corpus = open_corpus(config)
     trainer = build_trainer(config)
     on_gpu = trainer.strategy.root_device.type == "cuda"
