@@ -18,6 +18,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -270,7 +271,9 @@ class Text2TextModule(pl.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, with its schedule stepped once an optimizer step."""
-        optimizer = build_optimizer(self.named_parameters(), self.optimizer_settings)
+        # Lightning refuses to clip for fused optimizers under mixed precision.
+        fused = not isinstance(self.trainer.precision_plugin, MixedPrecision)
+        optimizer = build_optimizer(self.named_parameters(), self.optimizer_settings, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total, self.optimizer_settings)

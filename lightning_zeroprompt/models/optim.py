@@ -89,13 +89,14 @@ def learning_rate_factor(step: int, total_steps: int, settings: OptimizerSetting
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings
+    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, *, fused: bool = True
 ) -> torch.optim.Optimizer:
     """AdamW or Adafactor over two groups: matrices with weight decay, everything else without.
 
     Args:
         named_parameters: Parameters to train; those without ``requires_grad`` are left out.
         settings: Name and numbers.
+        fused: Whether AdamW may run as one kernel over all parameters.
     """
     trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     groups = [
@@ -105,6 +106,5 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     if settings.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=settings.learning_rate)
-    # One kernel over all parameters; small models on a CPU gain as much from it as large ones on a GPU.
-    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    fused = fused and all(p.device.type in ("cpu", "cuda") for p in trained)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
