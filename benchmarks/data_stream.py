@@ -51,6 +51,7 @@ def write_corpus(folder: Path, num_tasks: int) -> None:
         TaskInfo,
         TemplateInfo,
         manifest_fingerprint,
+        tokenizer_record,
     )
     from lightning_zeroprompt.data.tokenizer import ByteTokenizer
 
@@ -150,6 +151,7 @@ def write_corpus(folder: Path, num_tasks: int) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "settings": {},
+        "tokenizer": tokenizer_record(ByteTokenizer()),
         "counts": {"tasks": num_tasks, "rows": num_tasks * ROWS},
         "files": files,
         "tasks": [dataclasses.asdict(task) for task in tasks],

@@ -36,6 +36,7 @@ from lightning_zeroprompt.data.corpus import (
     Corpus,
     CorpusError,
     manifest_fingerprint,
+    tokenizer_record,
 )
 from lightning_zeroprompt.data.shards import Limits, TaskPart, encode_task, read_part, task_record, write_part
 from lightning_zeroprompt.data.task import Example, Task, TaskError
@@ -272,7 +273,7 @@ def _assemble(paths: Sequence[Path], final: Path, tokenizer: TextTokenizer, sett
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "settings": dict(settings),
-        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": tokenizer_record(tokenizer),
         "counts": {
             "tasks": len(tasks),
             "rows": len(arrays["row_label"]),

@@ -47,6 +47,7 @@ __all__ = [
     "TemplateInfo",
     "manifest_fingerprint",
     "take",
+    "tokenizer_record",
 ]
 
 FORMAT = 1
@@ -155,6 +156,17 @@ class TemplateInfo:
     option_separator: str
 
 
+def tokenizer_record(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What a manifest says of a tokeniser: all that drawing and packing need, so that they do not have to load it."""
+    return {
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "sentinel_ids": list(tokenizer.sentinel_ids),
+    }
+
+
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
     """The sha256 hex of a manifest without its own ``fingerprint``: hashes of all files, settings, tasks and templates.
 
@@ -189,6 +201,9 @@ class Corpus:
         templates: All templates, in the order of their tasks.
         fingerprint: sha256 hex of content and settings.
         settings: What the corpus was compiled with.
+        vocab_size: Ids of the tokeniser.
+        eos_id: Its end mark.
+        sentinel_ids: Its marks of span corruption, the first one first.
         counts: Sums over the tasks (``tasks``, ``rows``, ``segments``, ``tokens``, ``truncated``, ``dropped``,
             ``capped``).
     """
@@ -213,9 +228,14 @@ class Corpus:
         self.fingerprint: str = manifest["fingerprint"]
         self.settings: dict[str, Any] = manifest["settings"]
         self.counts: dict[str, int] = manifest["counts"]
+        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self.eos_id: int = manifest["tokenizer"]["eos_id"]
+        self.sentinel_ids: tuple[int, ...] = tuple(manifest["tokenizer"]["sentinel_ids"])
         self._files: dict[str, dict[str, Any]] = manifest["files"]
         for name in ARRAYS:
-            setattr(self, name, np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+            # Each map keeps a file handle, which the few kilobytes of the templates are not worth.
+            mode: Literal["r"] | None = None if name.startswith("template") else "r"
+            setattr(self, name, np.load(path / f"{name}.npy", mmap_mode=mode, allow_pickle=False))
 
     @classmethod
     def open(cls, path: str | Path) -> "Corpus":

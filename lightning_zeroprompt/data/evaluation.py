@@ -112,7 +112,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         self.corpus, self.plan = corpus, plan
         self._room, self._decoder_length, self._max_new_tokens = room, decoder_length, max_new_tokens
         self._soft_prompt_length, self._prompt_ids = soft_prompt_length, dict(prompt_ids or {})
-        self._eos, self._vocab_size = corpus.tokenizer.eos_id, corpus.tokenizer.vocab_size
+        self._eos, self._vocab_size = corpus.eos_id, corpus.vocab_size
         self._tasks = [plan.samples[cell.sample].task for cell in plan.cells]
         self._shown = np.array([cell.shown_template for cell in plan.cells], dtype=np.int64)
         lengths = self._input_lengths()

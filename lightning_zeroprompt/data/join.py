@@ -182,9 +182,8 @@ class Joiner:
         self.encoder_length = encoder_length
         self.decoder_length = decoder_length
         self._num_fields = np.asarray([len(task.fields) for task in corpus.tasks], dtype=np.int64)
-        tokenizer = corpus.tokenizer
-        self._eos = tokenizer.eos_id
-        self._sentinels = np.asarray(tokenizer.sentinel_ids, dtype=np.int64)
+        self._eos = corpus.eos_id
+        self._sentinels = np.asarray(corpus.sentinel_ids, dtype=np.int64)
         sizes = np.arange(1, 8 * (encoder_length + 8))
         noise, spans = span_lengths(sizes, len(self._sentinels))
         fits = (sizes - noise + spans + 1 <= encoder_length) & (noise + spans + 1 <= decoder_length)
@@ -384,5 +383,5 @@ def join_templates(
     row, template = np.asarray(rows, dtype=np.int64), np.asarray(templates, dtype=np.int64)
     if row.shape != template.shape:
         raise ValueError(f"{len(row)} rows with {len(template)} templates; give one template a row")
-    pieces, _ = _template_pieces(corpus, row, template, option_keys, max_tokens, corpus.tokenizer.eos_id)
+    pieces, _ = _template_pieces(corpus, row, template, option_keys, max_tokens, corpus.eos_id)
     return pieces.gather(np.asarray(corpus.tokens))

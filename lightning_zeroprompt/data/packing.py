@@ -282,7 +282,7 @@ class BatchStream:
             encoder_length=settings.encoder_length - settings.soft_prompt_length,
             decoder_length=settings.max_target_length or settings.decoder_length,
         )
-        self._vocabulary = corpus.tokenizer.vocab_size
+        self._vocabulary = corpus.vocab_size
         self._task_number = np.zeros(len(corpus.tasks), dtype=np.int32)
         self._task_number[mixture.task_indices] = np.arange(1, len(mixture.task_indices) + 1)
         self._key = stream_key(mixture.seed, "rows")

@@ -109,7 +109,7 @@ def test_closed_labels_lie_in_groups(corpus):
 def test_types_and_memory_maps(corpus):
     assert corpus.tokens.dtype == np.uint16
     for name in ARRAYS:
-        assert isinstance(getattr(corpus, name), np.memmap), name
+        assert isinstance(getattr(corpus, name), np.memmap) == (not name.startswith("template")), name
     for name in ARRAYS[1:]:
         array = getattr(corpus, name)
         narrow = array.dtype in (np.int8, np.int16) or np.abs(array).max() > np.iinfo(np.int16).max
@@ -184,3 +184,9 @@ def test_opening_imports_nothing_heavy(corpus):
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_drawing_needs_of_the_tokenizer_stands_in_the_manifest(corpus):
+    assert corpus.vocab_size == corpus.tokenizer.vocab_size
+    assert corpus.eos_id == corpus.tokenizer.eos_id
+    assert corpus.sentinel_ids == tuple(corpus.tokenizer.sentinel_ids)
