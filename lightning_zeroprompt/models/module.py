@@ -181,7 +181,9 @@ class Text2TextModule(pl.LightningModule):
             return
         model = T5(self.config, seed=self.hparams["init_seed"], soft_prompt=self._soft_prompt())
         if self._weights is not None:
-            model.load_state_dict(self._weights, strict=model.soft_prompt is None)
+            # Prompts may be new, nothing else: weights under other names would otherwise be left out in silence.
+            own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("soft_prompt.")}
+            model.load_state_dict({**own, **self._weights})
             self._weights = None
         if self.hparams["compile"]:
             model.compile_blocks()

@@ -66,7 +66,7 @@ def encode_tasks(
         ``[tasks, d_model]`` float32.
     """
     device = model.shared.weight.device
-    sums = torch.zeros(len(tasks), model.config.d_model, device=device)
+    sums = torch.zeros(len(tasks), model.config.d_model, dtype=torch.float32, device=device)
     owners: list[int] = []
     rows: list[int] = []
     templates: list[int] = []
@@ -86,7 +86,8 @@ def encode_tasks(
         ids = torch.zeros(real.shape, dtype=torch.int64)
         ids[real] = torch.from_numpy(joined.tokens).long()
         segments = real.int().to(device)
-        encoded = mean_encoding(model.encode(ids.to(device), segments), segments)
+        # Task 0 is no task: a model with a prompt for each task must be told.
+        encoded = mean_encoding(model.encode(ids.to(device), segments, torch.zeros_like(segments)), segments)
         sums.index_add_(0, torch.tensor(owners[part], device=device), encoded)
     counts = torch.bincount(torch.tensor(owners), minlength=len(tasks)).to(device)
     return sums / counts[:, None]

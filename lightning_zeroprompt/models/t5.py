@@ -245,7 +245,8 @@ class T5(nn.Module):
             F.cross_entropy(self.head(part, self.shared.weight).float(), part_targets, reduction="none")
             for part, part_targets in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
         ]
-        logprobs = torch.zeros(option_labels.shape, device=x.device)
+        # Under precision "bf16-true" and "64-true" the default dtype is not float32.
+        logprobs = torch.zeros(option_labels.shape, dtype=torch.float32, device=x.device)
         logprobs[real] = -torch.cat(losses)
         return logprobs.sum(1), real.sum(1)
 
