@@ -73,16 +73,16 @@ def open_corpus(config: DictConfig) -> Corpus:
 def evaluation_settings(
     config: DictConfig, *, on_gpu: bool, during_fit: bool = False, shuffle_instructions: bool = False
 ) -> EvaluationSettings:
-    """What the group ``evaluation`` asks for.
+    """What the group ``eval`` asks for.
 
     Args:
-        config: With the group ``evaluation``; ``auto`` examples are 8 a task on a CPU and all on a GPU, and during
+        config: With the group ``eval``; ``auto`` examples are 8 a task on a CPU and all on a GPU, and during
             training 2 and 16.
         on_gpu: Whether the model runs on a GPU.
         during_fit: Whether it is one of the evaluations during training, which may take fewer examples.
         shuffle_instructions: Whether instructions are exchanged between tasks.
     """
-    given = _plain(config.evaluation)
+    given = _plain(config.eval)
     fit_examples = given.pop("fit_examples_per_task")
     if given["examples_per_task"] == "auto":
         given["examples_per_task"] = None if on_gpu else 8
@@ -100,7 +100,7 @@ def build_datamodule(
     """Training tasks, mixture and evaluation data.
 
     Args:
-        config: With the groups ``data``, ``evaluation`` and ``model``, and ``seed``.
+        config: With the groups ``data``, ``mixture``, ``eval`` and ``model``, and ``seed``.
         corpus: Compiled corpus.
         steps: Batches of the run.
         on_gpu: Whether the model runs on a GPU.
@@ -120,7 +120,7 @@ def build_datamodule(
         decoder_length=data.decoder_length,
         rows_per_batch=data.rows_per_batch,
         seed=config.seed,
-        mixture=_mixture(data, corpus, tasks),
+        mixture=_mixture(config, corpus, tasks),
         soft_prompt_length=prompt.length,
         num_workers=data.num_workers,
         pin_memory=on_gpu,
@@ -131,10 +131,10 @@ def build_datamodule(
 def evaluation_factory(
     config: DictConfig, *, on_gpu: bool, during_fit: bool = False, shuffled: bool = False
 ) -> EvaluationFactory:
-    """Build the evaluation datasets that ``evaluation`` describes, once the training tasks are known.
+    """Build the evaluation datasets that ``eval`` describes, once the training tasks are known.
 
     Args:
-        config: With the groups ``data``, ``evaluation`` and ``model``.
+        config: With the groups ``data``, ``eval`` and ``model``.
         on_gpu: Whether the model runs on a GPU.
         during_fit: Whether it is for the evaluations during training.
         shuffled: Whether a second dataset asks the same with the instructions of other tasks.
@@ -153,7 +153,7 @@ def evaluation_factory(
                     plan,
                     encoder_length=data.encoder_length,
                     decoder_length=data.decoder_length,
-                    max_tokens=config.evaluation.max_tokens,
+                    max_tokens=config.eval.max_tokens,
                     soft_prompt_length=prompt.length,
                     prompt_ids=prompt_numbers(plan, task_indices, prompt.unseen) if prompt.length else None,
                     rank=rank,
@@ -165,9 +165,9 @@ def evaluation_factory(
     return build
 
 
-def _mixture(data: DictConfig, corpus: Corpus, tasks: Sequence[int]) -> MixtureSettings:
-    given = _plain(data.mixture)
-    curriculum = _plain(data.curriculum) if data.curriculum is not None else None
+def _mixture(config: DictConfig, corpus: Corpus, tasks: Sequence[int]) -> MixtureSettings:
+    given = _plain(config.mixture)
+    curriculum = given.pop("curriculum")
     if curriculum is None:
         return MixtureSettings(**given)
     stage_of = hydra.utils.get_method(curriculum["stage_of"])

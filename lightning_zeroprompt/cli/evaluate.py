@@ -2,7 +2,7 @@
 """zeroprompt-eval: zero-shot scores of a trained model.
 
     zeroprompt-eval checkpoint=runs/train/DATE/checkpoints/last.ckpt
-    zeroprompt-eval checkpoint=... evaluation.examples_per_task=null evaluation.shuffled=true
+    zeroprompt-eval checkpoint=... eval.examples_per_task=null eval.shuffled=true
     zeroprompt-eval checkpoint=... corpus=COMPILED_FOLDER
 
 What was trained on, and on which corpus, is read from the ``config.yaml`` of the checkpoint's run folder;
@@ -38,7 +38,7 @@ def run_config(config: DictConfig) -> DictConfig:
             "give run=FOLDER, the folder of the training run"
         )
     run = read_config(folder / RESOLVED)
-    for key in ("checkpoint", "evaluation", "trainer", "strategy"):
+    for key in ("checkpoint", "eval", "trainer", "strategy"):
         run[key] = config[key]
     run.paths.output_dir = config.paths.output_dir
     run.callbacks, run.logger = None, None
@@ -61,7 +61,7 @@ def evaluate(config: DictConfig) -> None:
     module = load_module(merged, corpus)
     trainer = build_trainer(merged)
     on_gpu = trainer.strategy.root_device.type == "cuda"
-    datamodule = build_datamodule(merged, corpus, steps=1, on_gpu=on_gpu, shuffled=merged.evaluation.shuffled)
+    datamodule = build_datamodule(merged, corpus, steps=1, on_gpu=on_gpu, shuffled=merged.eval.shuffled)
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(merged, resolve=True))

@@ -47,7 +47,7 @@ class TensorBoardReport:
             "rows_per_batch": config.data.rows_per_batch,
             "learning_rate": config.optimizer.learning_rate,
             "optimizer": config.optimizer.name,
-            "denoising": config.data.mixture.denoising,
+            "denoising": config.mixture.denoising,
             "soft_prompt": config.model.soft_prompt.mode,
         }
         if self._logger is None:

@@ -64,8 +64,8 @@ def train(config: DictConfig) -> None:
     untrained = module.summaries[0]
     datamodule.evaluation = evaluation_factory(config, on_gpu=on_gpu, during_fit=True)
     trainer.fit(module, datamodule, ckpt_path=config.resume_from, weights_only=True)
-    trainer.save_checkpoint(folder / "checkpoints" / "final.ckpt")
-    datamodule.evaluation = evaluation_factory(config, on_gpu=on_gpu, shuffled=config.evaluation.shuffled)
+    trainer.save_checkpoint(folder / "checkpoints" / "final.ckpt", weights_only=False)
+    datamodule.evaluation = evaluation_factory(config, on_gpu=on_gpu, shuffled=config.eval.shuffled)
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         results = save_results(folder, config, datamodule, module, trainer, untrained=untrained)
