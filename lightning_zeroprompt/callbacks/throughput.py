@@ -21,29 +21,30 @@ __all__ = ["Throughput"]
 class Throughput(pl.Callback):
     """Log ``throughput/tokens_per_second``, ``throughput/examples_per_second`` and ``throughput/seconds_per_step``.
 
-    Tokens are real tokens of encoder and decoder, padding not counted, over all data-parallel ranks (every rank is
-    taken to process as much as rank 0). Examples are those that :class:`lightning_zeroprompt.data.TaskDataModule`
-    counts in its batches.
+    Steps are the optimizer's. Tokens are real tokens of encoder and decoder, padding not counted, over all
+    data-parallel ranks (every rank is taken to process as much as rank 0). Examples are those that
+    :class:`lightning_zeroprompt.data.TaskDataModule` counts in its batches.
     """
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None
-        self._steps = 0
+        self._first_step = 0
         self._since = 0.0
         self._logged_step = 0
 
-    def _restart(self) -> None:
+    def _restart(self, step: int) -> None:
         self._counts = None
-        self._steps = 0
+        self._first_step = step
         self._since = time.perf_counter()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restart()
+        self._logged_step = trainer.global_step
+        self._restart(trainer.global_step)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restart()
+        self._restart(trainer.global_step)
 
     @override
     def on_train_batch_end(
@@ -58,7 +59,6 @@ class Throughput(pl.Callback):
         decoder = (batch["decoder_segments"] > 0).sum()
         counts = torch.stack([encoder + decoder, batch["examples"].sum()])
         self._counts = counts if self._counts is None else self._counts + counts
-        self._steps += 1
         step = trainer.global_step
         # Under gradient accumulation several batches end at one step; the first of them has logged it.
         if step == self._logged_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -70,8 +70,8 @@ class Throughput(pl.Callback):
         values = {
             "throughput/tokens_per_second": tokens * replicas / seconds,
             "throughput/examples_per_second": examples * replicas / seconds,
-            "throughput/seconds_per_step": seconds / self._steps,
+            "throughput/seconds_per_step": seconds / (step - self._first_step),
         }
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
-        self._restart()
+        self._restart(step)

@@ -264,7 +264,9 @@ class Text2TextModule(pl.LightningModule):
             self.summaries.append(summarise(dataset.plan, table))
         self._metrics = []
         if self.summaries:
-            self.log_dict({f"heldout/{name}": value for name, value in self.summaries[0].scalars().items()})
+            # All ranks have equal values; without sync_dist Lightning warns about every one of them.
+            scalars = self.summaries[0].scalars()
+            self.log_dict({f"heldout/{name}": value for name, value in scalars.items()}, sync_dist=True)
 
     def _evaluation_datasets(self) -> list[EvaluationDataset]:
         loaders = self.trainer.val_dataloaders or []

@@ -9,6 +9,7 @@ of one process a rank, some 5 s.
 
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import time
@@ -48,17 +49,21 @@ def run_distributed(
     for process in ranks:
         process.start()
     values: dict[int, Any] = {}
+    ended: set[int] = set()
     deadline = time.monotonic() + timeout
     try:
         while len(values) < world_size:
             try:
                 rank, value, error = results.get(timeout=0.2)
             except queue.Empty:
-                _check(ranks, values, deadline, timeout)
+                # What a rank has sent is in the queue before it ends: one that had ended before this wait sent nothing.
+                _check(ranks, ended, deadline, timeout, [rank for rank in range(world_size) if rank not in values])
+                ended = {rank for rank, process in enumerate(ranks) if process.exitcode is not None} - values.keys()
                 continue
             if error is not None:
                 raise RuntimeError(f"rank {rank} of {world_size} raised:\n{error}")
-            values[rank] = value
+            values[rank] = pickle.loads(value)  # noqa: S301 - from a process that this one started
+            ended.discard(rank)
     finally:
         for process in ranks:
             process.join(timeout=10 if len(values) == world_size else 0)
@@ -68,13 +73,11 @@ def run_distributed(
     return [values[rank] for rank in range(world_size)]
 
 
-def _check(ranks: list[Any], values: dict[int, Any], deadline: float, timeout: float) -> None:
+def _check(ranks: list[Any], ended: set[int], deadline: float, timeout: float, missing: list[int]) -> None:
     """Raise where a rank has died without a word, or time is up."""
-    for rank, process in enumerate(ranks):
-        if rank not in values and process.exitcode not in (None, 0):
-            raise RuntimeError(f"rank {rank} of {len(ranks)} died with exit code {process.exitcode}")
+    for rank in sorted(ended):
+        raise RuntimeError(f"rank {rank} of {len(ranks)} died with exit code {ranks[rank].exitcode}")
     if time.monotonic() > deadline:
-        missing = [rank for rank in range(len(ranks)) if rank not in values]
         raise TimeoutError(f"ranks {missing} of {len(ranks)} had not finished after {timeout:.0f} s")
 
 
@@ -107,7 +110,8 @@ def _run(
         import torch
 
         torch.set_num_threads(threads)
-        results.put((rank, function(*args), None))
+        # Pickled here and not in the queue's thread, where an error would be lost.
+        results.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
         raise
