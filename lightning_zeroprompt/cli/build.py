@@ -22,6 +22,7 @@ from lightning_zeroprompt.data.corpus import Corpus
 from lightning_zeroprompt.data.datamodule import EvaluationFactory, TaskDataModule
 from lightning_zeroprompt.data.evaluation import EvaluationDataset, EvaluationSettings, plan_evaluation, split_tasks
 from lightning_zeroprompt.data.mixture import MixtureSettings, select_tasks
+from lightning_zeroprompt.data.packing import check_replicas
 from lightning_zeroprompt.data.prepare import compile_source
 from lightning_zeroprompt.models.hf import load_t5
 from lightning_zeroprompt.models.module import SoftPromptSettings, Text2TextModule
@@ -31,6 +32,7 @@ __all__ = [
     "build_datamodule",
     "build_module",
     "build_trainer",
+    "check_run",
     "evaluation_factory",
     "evaluation_settings",
     "load_module",
@@ -247,6 +249,26 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
         logger=logger,
     )
     return trainer
+
+
+def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
+    """Refuse what would otherwise be noticed only after the untrained model's evaluation.
+
+    Args:
+        config: With ``data``, ``strategy`` and ``resume_from``.
+        trainer: Of the run, not started yet.
+
+    Raises:
+        ValueError: The rows of a batch cannot be divided by the ranks, or there is no checkpoint to resume from.
+    """
+    strategy = config.strategy.strategy
+    tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
+    if isinstance(tensor_parallel, int):
+        check_replicas(config.data.rows_per_batch, 0, trainer.num_devices * trainer.num_nodes // tensor_parallel)
+    resumed = config.resume_from
+    # Lightning looks for "last" and reads addresses such as s3://... by itself.
+    if resumed not in (None, "last") and "://" not in resumed and not Path(resumed).exists():
+        raise ValueError(f"resume_from={resumed}: there is no such checkpoint; give a .ckpt file of a run, or last")
 
 
 def _plain(node: Any) -> Any:

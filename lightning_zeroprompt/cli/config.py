@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from hydra.errors import HydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 __all__ = ["RESOLVED", "config_dir", "read_config", "report_user_errors", "run_in_fresh_process", "write_atomically"]
 
@@ -55,9 +58,8 @@ def run_in_fresh_process(module: str, config: DictConfig, folder: Path) -> None:
     """Run one job of a multirun as a process of its own, from its resolved configuration.
 
     Lightning starts the other ranks of a job by running the command line again. Inside ``-m`` that command line is
-    the whole
-    sweep: an adaptive sweeper then hands every rank other hyper-parameters, silently. The fresh process's command
-    line names one resolved file instead, and nothing that a job sets in its environment reaches the next one.
+    the whole sweep: an adaptive sweeper then hands every rank other hyper-parameters, silently. The fresh process's
+    command line names one resolved file instead, and nothing that a job sets in its environment reaches the next one.
 
     Args:
         module: Module to run with ``python -m``; its only argument is the configuration's path.
@@ -65,13 +67,15 @@ def run_in_fresh_process(module: str, config: DictConfig, folder: Path) -> None:
         folder: The job's folder.
 
     Raises:
-        SystemExit: The job failed, with its exit status.
+        ChildProcessError: The job failed. Hydra goes on with the other jobs and reports it when they are done.
     """
     path = folder / RESOLVED
     write_atomically(path, OmegaConf.to_yaml(config, resolve=True))
     done = subprocess.run([sys.executable, "-m", module, str(path)], check=False)  # noqa: S603 - our own module
     if done.returncode:
-        raise SystemExit(done.returncode)
+        raise ChildProcessError(
+            f"the job in {folder} ended with exit status {done.returncode}; its own message stands above"
+        )
 
 
 def report_user_errors(story: Callable[[], None]) -> None:
@@ -81,12 +85,15 @@ def report_user_errors(story: Callable[[], None]) -> None:
         story: The program. Errors of the program itself keep their traceback.
 
     Raises:
-        SystemExit: With status 2 after an error that names what was given and the remedy (ValueError, OSError).
+        SystemExit: With status 2 after an error that names what was given and the remedy: ValueError, OSError, and what
+            Hydra, OmegaConf and Lightning raise for a configuration that cannot be used.
     """
     try:
         story()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException, MisconfigurationException) as error:
         if os.environ.get("ZEROPROMPT_TRACEBACK"):
             raise
-        print(f"error: {error}\n(ZEROPROMPT_TRACEBACK=1 shows where)", file=sys.stderr)
+        # Hydra wraps what a constructor raised; the constructor's own words are the ones to read.
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        print(f"error: {' '.join(str(cause).split())} (ZEROPROMPT_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from None

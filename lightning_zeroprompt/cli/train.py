@@ -23,6 +23,7 @@ from lightning_zeroprompt.cli.build import (
     build_datamodule,
     build_module,
     build_trainer,
+    check_run,
     evaluation_factory,
     open_corpus,
     quieten,
@@ -53,6 +54,7 @@ def train(config: DictConfig) -> None:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     corpus = open_corpus(config)
     trainer = build_trainer(config)
+    check_run(config, trainer)
     on_gpu = trainer.strategy.root_device.type == "cuda"
     steps = config.trainer.max_steps * config.trainer.accumulate_grad_batches
     datamodule = build_datamodule(config, corpus, steps=steps, on_gpu=on_gpu)

@@ -190,14 +190,13 @@ class StepLoader(Loader):
 
     @override
     def __iter__(self) -> Iterator[Batch]:
+        # Decided when the first batch is asked for: where the optimizer asks for the number of steps, Lightning makes
+        # the iterator before it restores the count of batches from the checkpoint.
         first = self.next_step()
         # Under a trainer the epoch's end is the trainer's decision: after a resume its count of the epoch is not ours.
         last = first + self.steps if self.trainer is not None else max(first, self.steps)
         self.position = first
-        return self._count(self._read(range(first, last)))
-
-    def _count(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+        for batch in self._read(range(first, last)):
             self.position += 1
             yield batch
 

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""zeroprompt-train and zeroprompt-eval from end to end, in this process where no fresh one is the point."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_zeroprompt.cli.config import config_dir, report_user_errors
+from lightning_zeroprompt.cli.evaluate import evaluate
+from lightning_zeroprompt.cli.train import train
+from lightning_zeroprompt.data.corpus import Corpus
+from lightning_zeroprompt.data.mixture import select_tasks
+
+# Few examples leave 5 % empty, and the instance level is the one with the fewest samples.
+TINY = (
+    "model=nano",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.log_every_n_steps=1",
+    "data.num_tasks=20",
+    "data.num_source_tasks=30",
+    "data.options.examples_per_task=10",
+    "data.compile.heldout_fraction=0.2",
+    "data.tokenizer=byte",
+    "data.encoder_length=160",
+    "data.decoder_length=64",
+    "data.rows_per_batch=4",
+)
+EVALUATION = (
+    "eval.examples_per_task=1",
+    "eval.fit_examples_per_task=1",
+    "eval.templates_per_task=1",
+    "eval.instance_tasks=4",
+    "eval.heldout_wordings=false",
+)
+
+
+def composed(name, *overrides):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli-train")
+
+
+@pytest.fixture(scope="module")
+def tiny(root):
+    """Configure a run of four steps; the compiled corpus is shared by all."""
+
+    def configure(folder, *more):
+        paths = (f"paths.output_dir={folder}", f"paths.compiled_dir={root / 'compiled'}")
+        return composed("train", *TINY, *EVALUATION, *paths, *more)
+
+    return configure
+
+
+@pytest.fixture(scope="module")
+def finished(root, tiny):
+    folder = root / "run"
+    # A checkpoint after step 3 of 4, so that a resumed run has a step to make.
+    train(tiny(folder, "callbacks.checkpoint.every_n_train_steps=3", "mixture.denoising=0.3"))
+    return folder
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_a_run_leaves_its_results(finished):
+    found = results(finished)
+    assert found["num_tasks"] == 20
+    assert found["steps"] == 4
+    assert found["world_size"] == 1
+    assert found["tokens_trained"] > 0
+    assert 0 <= found["heldout_score"] <= 1
+    assert {macro["level"] for macro in found["macro"]} == {"heldout", "category", "task", "instance"}
+    assert all(macro["untrained"] is not None for macro in found["macro"])
+    assert (finished / "results.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((finished / "results.csv").open(encoding="utf-8")))
+    assert {row["level"] for row in rows} == {"category", "task", "instance"}
+    # What was composed and what was run are the same, without interpolations.
+    assert "${" not in (finished / "config.yaml").read_text(encoding="utf-8")
+    assert found["config"]["data"]["num_tasks"] == 20
+
+
+def test_tensorboard_has_curves_and_hparams(finished):
+    scalars, hparams = {}, []
+    for file in sorted((finished / "tensorboard").glob("events.*")):
+        events = EventAccumulator(str(file)).Reload()
+        scalars |= {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        hparams += [tag for tag in events.summary_metadata if tag.startswith("_hparams_")]
+    assert len(scalars["train/loss"]) == 4
+    assert {"throughput/tokens_per_second", "throughput/examples_per_second"} <= set(scalars)
+    assert {"heldout/heldout/train", "heldout/category/train", "heldout/task/train"} <= set(scalars)
+    assert any(tag.startswith("heldout/categories/") for tag in scalars)
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(hparams)
+    last = scalars["final/heldout_normalised"][-1].value
+    assert last == pytest.approx(results(finished)["heldout_normalised"], abs=1e-6)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(finished, tiny, root):
+    folder = root / "resumed"
+    # Only what a killed run has left: the checkpoint of step 3.
+    shutil.copytree(finished / "checkpoints", folder / "checkpoints", symlinks=True)
+    (folder / "checkpoints" / "final.ckpt").unlink()
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    more = ("callbacks.checkpoint.every_n_train_steps=3", "mixture.denoising=0.3", "resume_from=last")
+    train(tiny(folder, *more))
+    whole = weights(finished / "checkpoints" / "final.ckpt")
+    resumed = weights(folder / "checkpoints" / "final.ckpt")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    before = weights(folder / "checkpoints" / "step-3.ckpt")
+    assert any(not torch.equal(whole[name], before[name]) for name in whole)
+    assert results(folder)["macro"] == results(finished)["macro"]
+
+
+def test_a_resumed_run_refuses_other_data(finished, tiny, root, capsys):
+    given = f"resume_from={finished / 'checkpoints' / 'last.ckpt'}"
+    message = refused(capsys, lambda: train(tiny(root / "other", given, "mixture.denoising=0.1")))
+    assert "another mixture" in message
+    assert not (root / "other" / "results.json").exists()
+
+
+def test_evaluation_repeats_the_final_scores(finished, root):
+    folder = root / "evaluated"
+    arguments = (f"checkpoint={finished / 'checkpoints' / 'final.ckpt'}", f"paths.output_dir={folder}")
+    evaluate(composed("eval", "trainer.accelerator=cpu", *arguments, *EVALUATION))
+    mine, theirs = results(folder), results(finished)
+    assert mine["heldout_normalised"] == theirs["heldout_normalised"]
+    peers = ("untrained", "shuffled")
+    for one, two in zip(mine["macro"], theirs["macro"], strict=True):
+        assert {k: v for k, v in one.items() if k not in peers} == {k: v for k, v in two.items() if k not in peers}
+    assert mine["num_tasks"] == 20
+
+
+def command(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", "from lightning_zeroprompt.cli.train import main; main()", *map(str, arguments)]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_multirun_has_a_folder_a_job_and_goes_on_after_a_failure(finished, root):
+    # `finished` has compiled the corpus that the jobs share.
+    sweep = root / "sweep"
+    shared = (*TINY, *EVALUATION, "trainer.max_steps=2", "callbacks=none", f"paths.compiled_dir={root / 'compiled'}")
+    shared = [text for text in shared if not text.startswith("data.num_tasks")]
+    done = command("-m", *shared, f"hydra.sweep.dir={sweep}", "hydra.sweep.subdir=${hydra.job.num}",
+                   "data.num_tasks=31,5,10")  # fmt: skip
+    assert done.returncode != 0
+    assert "asked for 31 training tasks; the corpus has 30" in done.stderr
+    assert "data.num_tasks=31" in done.stderr
+    assert not (sweep / "0" / "results.json").exists()
+    five, ten = results(sweep / "1"), results(sweep / "2")
+    assert (five["num_tasks"], ten["num_tasks"]) == (5, 10)
+    assert five["steps"] == ten["steps"] == 2
+    # Packing fills rows to within a few positions of the same share.
+    assert five["tokens_trained"] == pytest.approx(ten["tokens_trained"], rel=0.1)
+    (folder,) = (root / "compiled").glob("builtin-*")
+    tasks = Corpus.open(folder).tasks
+    trained = [
+        {row["task_id"] for row in csv.DictReader((sweep / job / "results.csv").open()) if row["level"] == "instance"}
+        for job in "12"
+    ]
+    chosen = [{tasks[index].task_id for index in select_tasks(tasks, count, 0)} for count in (5, 10)]
+    assert chosen[0] < chosen[1]
+    assert all(ids and ids <= all_ids for ids, all_ids in zip(trained, chosen, strict=True))
+
+
+def test_ranks_of_a_multirun_job_share_one_configuration(finished, root):
+    sweep = root / "ranks"
+    shared = (*TINY, *EVALUATION, "trainer.max_steps=2", f"paths.compiled_dir={root / 'compiled'}")
+    arguments = ("strategy=ddp", "trainer.devices=2", "callbacks=none", "mixture.denoising=0.3")
+    done = command("-m", *shared, *arguments, f"hydra.sweep.dir={sweep}", "hydra.sweep.subdir=${hydra.job.num}")
+    assert done.returncode == 0, done.stderr
+    found = results(sweep / "0")
+    assert found["world_size"] == 2
+    assert found["strategy"] == "DDPStrategy"
+    assert found["steps"] == 2
+    assert [file.name for file in sweep.glob("*/results.json")] == ["results.json"]
+
+
+def refused(capsys, story):
+    """The one line that bad input ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        report_user_errors(story)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.num_tasks=31"], "asked for 31 training tasks; the corpus has 30"),
+        (["data.num_tasks=0"], "asked for 0 training tasks"),
+        (["data.num_source_tasks=100000"], "100000"),
+        (["data.holdout_categories=[countng]"], "hold-out category 'countng' is unknown"),
+        (["mixture.max_per_task=0"], "max_per_task is 0"),
+        (["mixture.max_per_class=0"], "max_per_class is 0"),
+        (["data.source=csv"], "unknown source 'csv'"),
+        (["data.rows_per_batch=3", "strategy=ddp", "trainer.devices=2"], "3 / 2 = 1.50 rows a rank"),
+        (["model.size=gigantic"], "unknown T5 size 'gigantic'; known sizes: nano"),
+        (["+model.overrides.d_modle=3"], "unknown T5Config fields ['d_modle']"),
+        (["optimizer.name=sgd"], "optimizer name 'sgd' is unknown; use 'adamw' or 'adafactor'"),
+        (["resume_from=nowhere/last.ckpt"], "there is no such checkpoint"),
+        (["init_from=nowhere"], "nowhere"),
+        (["data.compiled=nowhere"], "nowhere"),
+        (["data=parquet", "data.path=nowhere"], "nowhere"),
+        (["data=parquet", "data.tokenizer=byte"], "data.path"),
+        (["eval.levels=[famlily]"], "give one or more of category, task, instance"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_settings_are_one_line_before_training(finished, tiny, tmp_path, capsys, overrides, message):
+    # A group replaces what was set in it before, so the parquet rows drop the options of the built-in source.
+    if overrides[0] == "data=parquet":
+        given = ("model=nano", *overrides, f"paths.compiled_dir={tmp_path}", f"paths.output_dir={tmp_path / 'run'}")
+        config = composed("train", *given)
+    else:
+        config = tiny(tmp_path / "run", *overrides)
+    assert message in refused(capsys, lambda: train(config))
+    assert not list(tmp_path.rglob("results*"))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_empty_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    given = (f"data.path={tmp_path / 'data'}", f"paths.compiled_dir={tmp_path}", f"paths.output_dir={tmp_path / 'run'}")
+    message = refused(capsys, lambda: train(composed("train", "data=parquet", *given)))
+    assert str(tmp_path / "data") in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def broken_corpus(root, folder):
+    (source,) = (root / "compiled").glob("builtin-*")
+    shutil.copytree(source, folder)
+    return folder
+
+
+def test_a_truncated_corpus_is_refused(finished, root, tiny, tmp_path, capsys):
+    folder = broken_corpus(root, tmp_path / "corpus")
+    content = (folder / "tokens.npy").read_bytes()
+    (folder / "tokens.npy").write_bytes(content[:-100])
+    message = refused(capsys, lambda: train(tiny(tmp_path / "run", f"data.compiled={folder}")))
+    assert "tokens.npy" in message
+    (folder / "manifest.json").write_text("{")
+    assert "manifest.json" in refused(capsys, lambda: train(tiny(tmp_path / "run", f"data.compiled={folder}")))
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_checkpoints_that_cannot_be_evaluated(finished, root, tiny, tmp_path, capsys):
+    def evaluated(*arguments):
+        config = composed("eval", "trainer.accelerator=cpu", f"paths.output_dir={tmp_path / 'out'}", *arguments)
+        return refused(capsys, lambda: evaluate(config))
+
+    checkpoint = f"checkpoint={finished / 'checkpoints' / 'final.ckpt'}"
+    assert "checkpoint" in evaluated()
+    assert "no checkpoint at" in evaluated(f"checkpoint={finished / 'checkpoints' / 'no.ckpt'}")
+    assert "give run=FOLDER" in evaluated("checkpoint=nowhere/checkpoints/no.ckpt")
+    assert "no compiled corpus" in evaluated(checkpoint, f"corpus={tmp_path / 'none'}")
+    other = tiny(tmp_path / "run", "data.tokenizer=bpe", "data.num_tasks=31", f"paths.compiled_dir={tmp_path}")
+    refused(capsys, lambda: train(other))
+    (folder,) = (path for path in tmp_path.glob("builtin-*"))
+    assert "was trained with the tokenizer" in evaluated(checkpoint, f"corpus={folder}")
+    assert not Path(tmp_path / "out" / "results.json").exists()
