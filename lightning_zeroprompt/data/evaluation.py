@@ -22,7 +22,9 @@ A batch is a dictionary (B examples, N options)::
     option_correct    bool [N], whether the option equals any right output                                choice
     references        list of B lists of texts: every right output                                        generation
     target_labels     int64 [B, T], -100 = padding; the first right output with its end mark               generation
-    max_new_tokens    int: the longest right output of the step with its end mark, within a cap            generation
+    answer_limit      int64 [B]: tokens an answer may have, that of the longest right output in the        generation
+                      task's sample, end mark included, within a cap
+    max_new_tokens    int: the largest answer_limit of the step, over all ranks                            generation
 
 Cost, one core: 10 ms to lay out 3,000 items of the real tasks, 4 ms a batch of 50 of them, 9 ms one of 400 short items.
 """
@@ -114,6 +116,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         self._soft_prompt_length, self._prompt_ids = soft_prompt_length, dict(prompt_ids or {})
         self._eos, self._vocab_size = corpus.eos_id, corpus.vocab_size
         self._tasks = [plan.samples[cell.sample].task for cell in plan.cells]
+        self._answer_limits = self._limits_of_cells()
         self._shown = np.array([cell.shown_template for cell in plan.cells], dtype=np.int64)
         lengths = self._input_lengths()
         self.num_truncated = int((lengths > room).sum())
@@ -173,7 +176,9 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
             self._add_options(batch, cells, rows, tasks)
         else:
             step_items = np.concatenate(batches[start : start + self._num_ranks])
-            self._add_references(batch, rows, tasks, self._longest_output(step_items))
+            self._add_references(batch, rows, tasks)
+            batch["answer_limit"] = torch.from_numpy(self._answer_limits[cells])
+            batch["max_new_tokens"] = int(self._answer_limits[self.plan.item_cell[step_items]].max())
         return batch
 
     def _add_inputs(self, batch: EvaluationBatch, joined: Ragged, tasks: list[TaskInfo]) -> None:
@@ -194,7 +199,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         right = [right_options(self.corpus, task, row) for task, row in zip(tasks, rows.tolist(), strict=True)]
         batch["option_correct"] = torch.tensor([flag for flags in right for flag in flags])
 
-    def _add_references(self, batch: EvaluationBatch, rows: _Ints, tasks: list[TaskInfo], longest: int) -> None:
+    def _add_references(self, batch: EvaluationBatch, rows: _Ints, tasks: list[TaskInfo]) -> None:
         first, count = self._outputs(rows, tasks)
         batch["target_labels"] = _padded(self._targets(first), -100)
         decode = self.corpus.tokenizer.decode
@@ -202,7 +207,6 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
             [decode(self.corpus.segment(segment).tolist()) for segment in range(start, start + number)]
             for start, number in zip(first.tolist(), count.tolist(), strict=True)
         ]
-        batch["max_new_tokens"] = longest
 
     def _targets(self, segments: _Ints) -> Ragged:
         """Tokens of segments with end marks, within the decoder's length."""
@@ -248,11 +252,13 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         offsets = self.corpus.segment_offsets
         return take(offsets, segments + 1) - take(offsets, segments)
 
-    def _longest_output(self, items: _Ints) -> int:
-        rows = self.plan.item_row[items]
-        tasks = [self._tasks[cell] for cell in self.plan.item_cell[items].tolist()]
-        longest = int(self._lengths(_ranges(*self._outputs(rows, tasks))).max())
-        return min(longest + 1, self._max_new_tokens)
+    def _limits_of_cells(self) -> _Ints:
+        """Tokens that an answer of each cell may have: a property of the task's sample, not of batch or ranks."""
+        limits = []
+        for sample in self.plan.samples:
+            longest = self._lengths(_ranges(*self._outputs(sample.rows, [sample.task] * len(sample.rows)))).max()
+            limits.append(min(int(longest) + 1, self._max_new_tokens))
+        return np.array([limits[cell.sample] for cell in self.plan.cells], dtype=np.int64)
 
 
 def _ranges(first: _Ints, count: _Ints) -> _Ints:

@@ -150,7 +150,8 @@ def score_generation(model: T5, batch: Mapping[str, Any], tokenizer: _Decoder) -
         eos_id=tokenizer.eos_id,
         stop_early=not isinstance(model, FSDPModule),
     )
-    texts = [tokenizer.decode(row) for row in ids.tolist()]
+    limits = batch["answer_limit"].tolist()
+    texts = [tokenizer.decode(row[:limit]) for row, limit in zip(ids.tolist(), limits, strict=True)]
     total, count = model.option_logprobs(memory, segments, labels, torch.arange(len(labels), device=labels.device))
     pairs = list(zip(texts, batch["references"], strict=True))
     return GenerationScores(

@@ -192,9 +192,7 @@ def test_two_ranks_do_what_one_does(folder, alone, strategy, tmp_path, monkeypat
             assert result["scores"] == pytest.approx(expected["scores"], rel=1e-5, abs=1e-9)
         # Each rank generated a part of the answers, both together all of them.
         together = found[0]["texts"] | found[1]["texts"]
-        # The limit of new tokens is that of the step's batches, so an answer cut by it may go on under more ranks.
-        assert together.keys() == expected["texts"].keys()
-        assert all(text.startswith(expected["texts"][key]) for key, text in together.items())
+        assert together == expected["texts"]
         if together:
             assert all(0 < len(result["texts"]) < len(together) for result in found)
     loaded = Text2TextModule.load_from_checkpoint(path, weights_only=True, map_location="cpu")

@@ -157,7 +157,7 @@ def test_generation_equals_a_step_by_step_argmax(model, batches, evaluation_corp
         scores = score_generation(model, batch, tokenizer)
         for index, prompt, _ in _examples(batch):
             ids = []
-            while len(ids) < batch["max_new_tokens"] and 1 not in ids:
+            while len(ids) < batch["answer_limit"][index] and 1 not in ids:
                 logits = model(torch.tensor([prompt]), torch.tensor([[0, *ids]]))
                 ids.append(logits[0, -1].argmax().item())
             text = tokenizer.decode(ids)
