@@ -17,6 +17,11 @@ __all__ = ["RESOLVED", "config_dir", "read_config", "report_user_errors", "run_i
 RESOLVED = "config.yaml"
 """Name of the resolved configuration in the run folder."""
 
+# File systems take names of 255 bytes, and a sweep of many settings has longer ones; the job's number keeps them apart.
+OmegaConf.register_new_resolver(
+    "shortened", lambda text: text if len(text) <= 120 else f"{text[:117]}...", replace=True
+)
+
 
 def config_dir() -> Path:
     """Folder of the Hydra groups: inside the package once installed, beside it in a source checkout."""
