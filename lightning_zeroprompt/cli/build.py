@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_zeroprompt.data.corpus import Corpus
+from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
 from lightning_zeroprompt.data.datamodule import EvaluationFactory, TaskDataModule
 from lightning_zeroprompt.data.evaluation import EvaluationDataset, EvaluationSettings, plan_evaluation, split_tasks
 from lightning_zeroprompt.data.mixture import MixtureSettings, select_tasks
@@ -37,6 +37,7 @@ __all__ = [
     "evaluation_settings",
     "load_module",
     "open_corpus",
+    "other_datamodule",
     "quieten",
 ]
 
@@ -131,7 +132,12 @@ def build_datamodule(
 
 
 def evaluation_factory(
-    config: DictConfig, *, on_gpu: bool, during_fit: bool = False, shuffled: bool = False
+    config: DictConfig,
+    *,
+    on_gpu: bool,
+    during_fit: bool = False,
+    shuffled: bool = False,
+    trained: Sequence[TaskInfo] | None = None,
 ) -> EvaluationFactory:
     """Build the evaluation datasets that ``eval`` describes, once the training tasks are known.
 
@@ -140,15 +146,22 @@ def evaluation_factory(
         on_gpu: Whether the model runs on a GPU.
         during_fit: Whether it is for the evaluations during training.
         shuffled: Whether a second dataset asks the same with the instructions of other tasks.
+        trained: What was trained on, where the evaluated corpus is another one than that of the training.
     """
     data, prompt = config.data, SoftPromptSettings(**_plain(config.model.soft_prompt))
 
     def build(corpus: Corpus, task_indices: Sequence[int], *, num_replicas: int, rank: int) -> list[EvaluationDataset]:
-        _, heldout = split_tasks(corpus.tasks, _plain(data.holdout_categories))
+        if trained is None:
+            _, heldout = split_tasks(corpus.tasks, _plain(data.holdout_categories))
+        else:
+            ids, families = {task.task_id for task in trained}, {task.family for task in trained}
+            heldout = [t.index for t in corpus.tasks if t.task_id not in ids and t.family not in families]
         datasets = []
         for shuffle in (False, True) if shuffled else (False,):
             settings = evaluation_settings(config, on_gpu=on_gpu, during_fit=during_fit, shuffle_instructions=shuffle)
-            plan = plan_evaluation(corpus, task_indices, settings, heldout_tasks=heldout)
+            plan = plan_evaluation(
+                corpus, task_indices, settings, heldout_tasks=heldout, trained_elsewhere=trained or ()
+            )
             datasets.append(
                 EvaluationDataset(
                     corpus,
@@ -180,6 +193,28 @@ def _mixture(config: DictConfig, corpus: Corpus, tasks: Sequence[int]) -> Mixtur
     )
     # With few training tasks a stage can be empty; the phases after it are as long as they would be.
     return MixtureSettings(**given, curriculum=tuple(phase for phase in phases if phase[1]))
+
+
+def other_datamodule(config: DictConfig, trained: TaskDataModule, corpus: Corpus, *, on_gpu: bool) -> TaskDataModule:
+    """Evaluation data of another corpus than the training's: every task that shares no id and no family with it.
+
+    Args:
+        config: The training run's configuration, with the evaluation's group ``eval``.
+        trained: The training's data, for what was trained on.
+        corpus: What to evaluate.
+        on_gpu: Whether the model runs on a GPU.
+
+    Raises:
+        ValueError: The model mixes soft prompts of training tasks, which this corpus does not have.
+    """
+    if config.model.soft_prompt.unseen != "none":
+        raise ValueError(
+            f"model.soft_prompt.unseen={config.model.soft_prompt.unseen} mixes prompts of the training corpus; "
+            "evaluate there, or train with unseen=none"
+        )
+    tasks = [trained.corpus.tasks[index] for index in trained.task_indices]
+    factory = evaluation_factory(config, on_gpu=on_gpu, shuffled=config.eval.shuffled, trained=tasks)
+    return TaskDataModule(corpus, tasks=[], evaluation=factory)
 
 
 def build_module(config: DictConfig, corpus: Corpus, num_tasks: int) -> Text2TextModule:
@@ -266,7 +301,12 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
     if isinstance(tensor_parallel, int):
         check_replicas(config.data.rows_per_batch, 0, trainer.num_devices * trainer.num_nodes // tensor_parallel)
     resumed = config.resume_from
-    # Lightning looks for "last" and reads addresses such as s3://... by itself.
+    if resumed == "last" and not list(Path(config.paths.output_dir).glob("checkpoints/last*.ckpt")):
+        raise ValueError(
+            f"resume_from=last: {config.paths.output_dir} has no checkpoints/last.ckpt; give hydra.run.dir=FOLDER of "
+            "the run to go on with, or the path of a checkpoint"
+        )
+    # Lightning reads addresses such as s3://... by itself.
     if resumed not in (None, "last") and "://" not in resumed and not Path(resumed).exists():
         raise ValueError(f"resume_from={resumed}: there is no such checkpoint; give a .ckpt file of a run, or last")
 

@@ -28,7 +28,7 @@ def _compile(args: argparse.Namespace) -> None:
         options = {"include_noncommercial": args.include_noncommercial, "include_bigbench": args.include_bigbench}
     elif args.source == "promptsource":
         options = {"split": args.split, **({"data_folder": args.data} if args.data else {})}
-    elif args.source == "builtin" and args.examples_per_task:
+    elif args.source == "builtin" and args.examples_per_task is not None:
         options = {"examples_per_task": args.examples_per_task}
     elif args.source == "hub" and args.load:
         options = {"load": dict(_pair(pair) for pair in args.load)}
@@ -249,6 +249,6 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"zeroprompt-data: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

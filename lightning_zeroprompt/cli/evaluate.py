@@ -15,9 +15,17 @@ import hydra
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_zeroprompt.cli.build import build_datamodule, build_trainer, load_module, open_corpus, quieten
+from lightning_zeroprompt.cli.build import (
+    build_datamodule,
+    build_trainer,
+    load_module,
+    open_corpus,
+    other_datamodule,
+    quieten,
+)
 from lightning_zeroprompt.cli.config import RESOLVED, config_dir, read_config, report_user_errors, write_atomically
 from lightning_zeroprompt.cli.results import print_results, save_results
+from lightning_zeroprompt.data.corpus import Corpus
 
 __all__ = ["evaluate", "main"]
 
@@ -42,8 +50,6 @@ def run_config(config: DictConfig) -> DictConfig:
         run[key] = config[key]
     run.paths.output_dir = config.paths.output_dir
     run.callbacks, run.logger = None, None
-    if config.corpus is not None:
-        run.data.compiled = config.corpus
     return run
 
 
@@ -57,11 +63,14 @@ def evaluate(config: DictConfig) -> None:
     folder = Path(config.paths.output_dir)
     merged = run_config(config)
     pl.seed_everything(merged.seed, workers=True, verbose=False)
-    corpus = open_corpus(merged)
+    own = open_corpus(merged)
+    corpus = own if config.corpus is None else Corpus.open(config.corpus)
     module = load_module(merged, corpus)
     trainer = build_trainer(merged)
     on_gpu = trainer.strategy.root_device.type == "cuda"
-    datamodule = build_datamodule(merged, corpus, steps=1, on_gpu=on_gpu, shuffled=merged.eval.shuffled)
+    datamodule = build_datamodule(merged, own, steps=1, on_gpu=on_gpu, shuffled=merged.eval.shuffled)
+    if corpus.fingerprint != own.fingerprint:
+        datamodule = other_datamodule(merged, datamodule, corpus, on_gpu=on_gpu)
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(merged, resolve=True))

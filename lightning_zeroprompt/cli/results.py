@@ -103,16 +103,18 @@ def save_results(
         Content of results.json.
     """
     summary, shuffled = module.summaries[0], module.summaries[1] if len(module.summaries) > 1 else None
-    packing = datamodule.packing_report()
-    batches = trainer.global_step * config.trainer.accumulate_grad_batches
-    tokens = packing.encoder_fill * config.data.encoder_length + packing.decoder_fill * config.data.decoder_length
-    run = {
+    run: dict[str, Any] = {}
+    if datamodule.task_indices:
+        packing = datamodule.packing_report()
+        batches = trainer.global_step * config.trainer.accumulate_grad_batches
+        tokens = packing.encoder_fill * config.data.encoder_length + packing.decoder_fill * config.data.decoder_length
+        run["packing"] = dataclasses.asdict(packing)
+        run["tokens_trained"] = round(tokens * config.data.rows_per_batch * batches)
+    run |= {
         "seed": config.seed,
         "steps": trainer.global_step,
         "model": {"size": config.model.size, "parameters": module.model.num_parameters()},
         "corpus": {"fingerprint": datamodule.corpus.fingerprint, **datamodule.corpus.counts},
-        "packing": dataclasses.asdict(packing),
-        "tokens_trained": round(tokens * config.data.rows_per_batch * batches),
         "strategy": type(trainer.strategy).__name__,
         "world_size": trainer.world_size,
         "config": OmegaConf.to_container(config, resolve=True),

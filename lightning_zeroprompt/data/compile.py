@@ -390,7 +390,7 @@ def _existing(folder: Path, settings: Mapping[str, Any], policy: str) -> Corpus 
             f"{folder} holds a corpus of other settings ({shown}); delete it, replace it, or compile into another "
             f"folder"
         )
-    shutil.rmtree(folder)
+    # The old corpus stays until the new one is whole.
     return None
 
 
@@ -416,6 +416,8 @@ def _compile(
         encoder = _tokenizer(tokenizer, tasks, reader, limits.seed, partial / TOKENIZER, advance)
         paths = _encode_all(tasks, reader, encoder, limits, partial / "parts", num_workers, advance)
         _assemble(paths, partial / "final", encoder, settings)
+        if folder.exists():
+            os.replace(folder, partial / "replaced")
         os.replace(partial / "final", folder)
     shutil.rmtree(partial, ignore_errors=True)
     return Corpus.open(folder)

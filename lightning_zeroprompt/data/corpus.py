@@ -50,7 +50,7 @@ __all__ = [
     "tokenizer_record",
 ]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; another version is refused."""
 MANIFEST = "manifest.json"
 """Name of the manifest in the folder; written last."""
@@ -235,7 +235,12 @@ class Corpus:
         for name in ARRAYS:
             # Each map keeps a file handle, which the few kilobytes of the templates are not worth.
             mode: Literal["r"] | None = None if name.startswith("template") else "r"
-            setattr(self, name, np.load(path / f"{name}.npy", mmap_mode=mode, allow_pickle=False))
+            try:
+                setattr(self, name, np.load(path / f"{name}.npy", mmap_mode=mode, allow_pickle=False))
+            except ValueError as error:
+                raise CorpusError(
+                    f"{path / name}.npy is damaged ({error}); delete the folder and compile it again"
+                ) from None
 
     @classmethod
     def open(cls, path: str | Path) -> "Corpus":

@@ -237,6 +237,7 @@ def plan_evaluation(
     settings: EvaluationSettings | None = None,
     *,
     heldout_tasks: Sequence[int] | None = None,
+    trained_elsewhere: Sequence[TaskInfo] = (),
 ) -> EvaluationPlan:
     """Choose tasks, rows and templates.
 
@@ -245,6 +246,7 @@ def plan_evaluation(
         training_tasks: Indices of the tasks that training draws from.
         settings: How much is evaluated.
         heldout_tasks: Indices of the held-out tasks; those whose role is ``"heldout"`` when None.
+        trained_elsewhere: Further trained tasks, of another corpus; they count for the levels.
 
     Raises:
         ValueError: A task or a family on both sides, or nothing to evaluate.
@@ -261,8 +263,8 @@ def plan_evaluation(
             f"{len(both)} tasks are trained on and held out, such as {corpus.tasks[min(both)].task_id!r}; "
             "take them out of one side (split_tasks does)"
         )
-    _refuse_shared_families(chosen, held)
-    seen = {task.category for task in chosen}
+    _refuse_shared_families([*chosen, *trained_elsewhere], held)
+    seen = {task.category for task in (*chosen, *trained_elsewhere)}
     leveled: list[tuple[Level, TaskInfo, range]] = []
     for level in settings.levels:
         if level == "instance":
@@ -306,7 +308,7 @@ def plan_evaluation(
     sizes = np.array([len(samples[cell.sample].rows) for cell in cells])
     return EvaluationPlan(
         settings=settings,
-        num_training_tasks=len(chosen),
+        num_training_tasks=len(chosen) + len(trained_elsewhere),
         samples=samples,
         cells=cells,
         item_cell=np.repeat(np.arange(len(cells)), sizes),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_zeroprompt.data.compile import BpeSpec, compile_tasks
-from lightning_zeroprompt.data.corpus import Corpus
+from lightning_zeroprompt.data.corpus import MANIFEST, Corpus
 from lightning_zeroprompt.data.task import Task, TaskError
 from lightning_zeroprompt.data.tokenizer import ByteTokenizer, PretrainedTokenizer, TextTokenizer
 
@@ -26,7 +26,13 @@ SOURCES = ("builtin", "parquet", "hub", "promptsource")
 
 
 def choose_tokenizer(name: str, vocab_size: int = 32_000) -> TextTokenizer | BpeSpec:
-    """The tokeniser of a name: ``"byte"``, ``"bpe"`` (trained on the tasks, ``vocab_size`` ids) or a pretrained one.
+    """The tokeniser of a name.
+
+    Args:
+        name: ``"byte"``, ``"bpe"`` (trained on the tasks), the folder of a compiled corpus whose tokeniser to use
+        again, or
+            a pretrained one.
+        vocab_size: Ids of a trained BPE.
 
     Raises:
         ValueError: The pretrained tokeniser cannot be loaded or used.
@@ -35,6 +41,8 @@ def choose_tokenizer(name: str, vocab_size: int = 32_000) -> TextTokenizer | Bpe
         return ByteTokenizer()
     if name == "bpe":
         return BpeSpec(vocab_size)
+    if (Path(name) / MANIFEST).is_file():
+        return Corpus.open(name).tokenizer
     return PretrainedTokenizer(name)
 
 

@@ -226,7 +226,9 @@ class Task:
         tier: Tasks of tier 0 are chosen before those of tier 1 when a number of tasks is asked for.
         benchmark: Name of the evaluation set that the task belongs to, or empty.
         cluster: Near-duplicate cluster, where known; empty means unknown.
-        training_allowed: False where the source forbids training on it (BIG-bench asks for that).
+        training_allowed: False where the source forbids training on it; BIG-bench, which asks for that, is recognised
+        by
+            its name.
     """
 
     task_id: str
@@ -265,7 +267,9 @@ class Task:
                     f"task {self.task_id!r}: template {template.name!r} has no placeholder, so every example would "
                     "read the same"
                 )
-        if self.role == "train" and not self.training_allowed:
+        named = "".join((self.source, self.benchmark, self.task_id, self.family)).lower()
+        is_bigbench = "bigbench" in named.replace("-", "").replace("_", "").replace(" ", "")
+        if self.role == "train" and (is_bigbench or not self.training_allowed):
             raise TaskError(
                 f"task {self.task_id!r} ({self.source or 'source unstated'}) may not be used for training; "
                 "give it role 'heldout'"

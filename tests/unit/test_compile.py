@@ -550,3 +550,22 @@ def test_arrays_are_written_in_the_narrowest_width_that_holds_them(low, high, ki
     narrowed = compile_module._narrow(array)
     assert narrowed.dtype == kind
     assert narrowed.tolist() == [low, high]
+
+
+def test_a_corpus_to_replace_stays_until_the_new_one_is_whole(tmp_path):
+    good = make_task(labels=LABELS)
+    first = compile_tasks([good], tmp_path / "c", tokenizer=ByteTokenizer(), progress=False)
+    broken = dataclasses.replace(good, examples=lambda: iter([Example(input="x", outputs=("",))]))
+    with pytest.raises(TaskError, match="output is empty"):
+        compile_tasks([broken], tmp_path / "c", tokenizer=ByteTokenizer(), seed=1, progress=False, existing="replace")
+    assert Corpus.open(tmp_path / "c").fingerprint == first.fingerprint
+    second = compile_tasks(
+        [good], tmp_path / "c", tokenizer=ByteTokenizer(), seed=1, progress=False, existing="replace"
+    )
+    assert second.fingerprint != first.fingerprint
+    assert Corpus.open(tmp_path / "c").fingerprint == second.fingerprint
+
+
+def test_a_compiled_folder_lends_its_tokenizer(tmp_path):
+    corpus = compile_tasks([make_task()], tmp_path / "c", tokenizer=BpeSpec(vocab_size=500), progress=False)
+    assert choose_tokenizer(str(tmp_path / "c")).fingerprint == corpus.tokenizer.fingerprint

@@ -315,3 +315,16 @@ def test_settings_refuse_nothing_to_evaluate():
         EvaluationSettings(examples_per_task=0)
     with pytest.raises(ValueError, match="one or more of category, task, instance"):
         EvaluationSettings(levels=())
+
+
+def test_tasks_trained_on_elsewhere_decide_the_levels_and_lend_no_family(evaluation_corpus):
+    held = [task.index for task in evaluation_corpus.tasks if task.role == "heldout"]
+    trained = [task for task in evaluation_corpus.tasks if task.role == "train"]
+    here = plan_evaluation(evaluation_corpus, [t.index for t in trained], EvaluationSettings(), heldout_tasks=held)
+    there = plan_evaluation(evaluation_corpus, [], EvaluationSettings(), heldout_tasks=held, trained_elsewhere=trained)
+    levels = {(sample.task.index, sample.level) for sample in here.samples if sample.level != "instance"}
+    assert {(sample.task.index, sample.level) for sample in there.samples} == levels
+    assert there.num_training_tasks == len(trained)
+    clash = dataclasses.replace(trained[0], family=evaluation_corpus.tasks[held[0]].family)
+    with pytest.raises(ValueError, match="families are on both sides"):
+        plan_evaluation(evaluation_corpus, [], EvaluationSettings(), heldout_tasks=held, trained_elsewhere=[clash])

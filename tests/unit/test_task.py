@@ -67,6 +67,8 @@ def test_unusable_examples_are_refused_by_task_and_row(changes, message):
         ({"templates": (PromptTemplate(name="a", text="{input}"),) * 2}, "two templates of one name"),
         ({"templates": (PromptTemplate(name="a", text="hello"),)}, "has no placeholder"),
         ({"training_allowed": False}, "may not be used for training"),
+        ({"source": "github google/BIG-bench"}, "may not be used for training"),
+        ({"benchmark": "big_bench"}, "may not be used for training"),
     ],
 )
 def test_unusable_tasks_are_refused(changes, message):
