@@ -28,7 +28,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
+from lightning_zeroprompt.data.corpus import Corpus, TaskInfo, take
 from lightning_zeroprompt.data.instruction_shuffle import shuffled_templates
 from lightning_zeroprompt.metrics import exact_match, rouge_l
 
@@ -97,7 +97,8 @@ class TaskSample:
         task: The task as compiled.
         level: Hold-out level.
         rows: Corpus rows, int64, ascending.
-        available: Rows that the sample was drawn from.
+        available: Rows that the sample was drawn from; at the instance level without those that a sibling task trains
+        on.
         chance: Score of a random answer: mean share of right options; 0 for free answers.
         majority: Score of the sample's most frequent answer, given always, in the task's metric.
         first_option: Accuracy of always the first stored option; None for free answers.
@@ -265,20 +266,17 @@ def plan_evaluation(
         )
     _refuse_shared_families([*chosen, *trained_elsewhere], held)
     seen = {task.category for task in (*chosen, *trained_elsewhere)}
-    leveled: list[tuple[Level, TaskInfo, range]] = []
+    leveled: list[tuple[Level, TaskInfo, npt.NDArray[np.int64]]] = []
     for level in settings.levels:
         if level == "instance":
-            leveled += [
-                (
-                    level,
-                    task,
-                    range(task.first_row + task.num_rows - task.num_heldout_rows, task.first_row + task.num_rows),
-                )
+            kept_out = [
+                (task, np.arange(task.first_row + task.num_train_rows, task.first_row + task.num_rows))
                 for task in _instance_tasks(chosen, settings)
             ]
+            leveled += [(level, task, rows) for task, rows in _without_trained(corpus, chosen, kept_out) if len(rows)]
         else:
             leveled += [
-                (level, task, range(task.first_row, task.first_row + task.num_rows))
+                (level, task, np.arange(task.first_row, task.first_row + task.num_rows))
                 for task in held
                 if (task.category in seen) == (level == "task")
             ]
@@ -346,11 +344,45 @@ def _templates(corpus: Corpus, task: TaskInfo, settings: EvaluationSettings) -> 
     return result
 
 
+def _without_trained(
+    corpus: Corpus, chosen: Sequence[TaskInfo], kept_out: Sequence[tuple[TaskInfo, npt.NDArray[np.int64]]]
+) -> list[tuple[TaskInfo, npt.NDArray[np.int64]]]:
+    """Leave out rows whose input and answer another chosen task trains on: sibling tasks share examples."""
+    if not kept_out:
+        return []
+    trained = np.concatenate([np.arange(task.first_row, task.first_row + task.num_train_rows) for task in chosen])
+    rows = np.concatenate([found for _, found in kept_out])
+    fields = np.zeros(len(corpus.row_first_segment), dtype=np.int64)
+    for task in corpus.tasks:
+        fields[task.first_row : task.first_row + task.num_rows] = len(task.fields)
+    # Lengths and end tokens tell nearly all pairs apart; only rows that agree in them are read as a whole.
+    likely = trained[np.isin(_outline(corpus, trained), _outline(corpus, rows))]
+    seen = {_content(corpus, row, fields[row]) for row in likely.tolist()}
+    return [
+        (task, np.array([row for row in found.tolist() if _content(corpus, row, fields[row]) not in seen], np.int64))
+        for task, found in kept_out
+    ]
+
+
+def _outline(corpus: Corpus, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """A number a row, of its input's length and first and last token; equal inputs have equal ones."""
+    first = take(corpus.row_first_segment, rows)
+    start, end = take(corpus.segment_offsets, first), take(corpus.segment_offsets, first + 1)
+    tokens, last = corpus.tokens, len(corpus.tokens) - 1
+    head, tail = (tokens[np.minimum(place, last)].astype(np.int64) for place in (start, np.maximum(end - 1, 0)))
+    return ((end - start) << 34) + (head << 17) + tail
+
+
+def _content(corpus: Corpus, row: int, fields: int) -> tuple[bytes, bytes]:
+    first = int(corpus.row_first_segment[row])
+    return corpus.segment(first).tobytes(), corpus.segment(first + int(fields)).tobytes()
+
+
 def _sample(
-    corpus: Corpus, index: int, level: Level, task: TaskInfo, rows: range, settings: EvaluationSettings
+    corpus: Corpus, index: int, level: Level, task: TaskInfo, rows: npt.NDArray[np.int64], settings: EvaluationSettings
 ) -> TaskSample:
     order = _generator(settings, task, f"rows {level}").permutation(len(rows))[: settings.examples_per_task]
-    drawn = np.sort(order.astype(np.int64)) + rows.start
+    drawn = np.sort(rows[order])
     chance, majority, first = (_choice_baselines if task.kind == "choice" else _free_baselines)(corpus, task, drawn)
     return TaskSample(
         index=index,
