@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which order each rank computes: one pure function a schedule, each giving F, B and W alone.
+
+Two ways lead to an order. Schedules whose papers give a closed form are written as that form. The others come from
+*list scheduling*: ranks run in simulated time, each starting the most urgent task that it can start at once: B, else F
+while the memory cap allows, else W. Greedy list scheduling makes the published zero-bubble orders where these exist,
+keeps exact caps, and cannot deadlock: it only ever starts a task whose inputs are there.
+
+Facts about the orders, with all times equal to T (``tests/unit/test_schedule.py`` checks them):
+
+* ZeroPP, strict, U >= 2P: bubble (P - 1) T a step; at U = P it is n (P - 1) T for n units.
+* ZeroPP with overlapping units: the next unit's forwards fill the drain of this one. With a cap of U * V held
+  activations a rank the bubble falls to (P - 1) T in many more cases; the price is two resident stages.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Task, units_of
+
+__all__ = [
+    "ListCosts",
+    "breadth_first",
+    "interleaved_1f1b",
+    "list_schedule",
+    "one_f_one_b",
+    "zb_h1",
+    "zbv",
+    "zeropp_strict",
+]
+
+Order = list[list[Task]]
+
+
+def _forwards(stages: Sequence[int], micro_batches: int, unit: int) -> list[Task]:
+    """A rank's forwards: unit by unit, stage by stage, micro-batch by micro-batch."""
+    return [Task(Kind.FORWARD, s, m) for part in units_of(micro_batches, unit) for s in stages for m in part]
+
+
+def _backwards(stages: Sequence[int], micro_batches: int, unit: int) -> list[Task]:
+    """A rank's backwards: the last stage first, micro-batches ascending as in the forwards."""
+    return [Task(Kind.BACKWARD, s, m) for part in units_of(micro_batches, unit) for s in reversed(stages) for m in part]
+
+
+def _weight(backward: Task) -> Task:
+    return Task(Kind.WEIGHT, backward.stage, backward.micro_batch)
+
+
+def zeropp_strict(placement: Placement, micro_batches: int, unit: int) -> Order:
+    """ZeroPP as its author's code runs it, unit after unit, on the looped placement.
+
+    A rank runs ahead by ``2 (P - 1 - r) + (V - 1) u`` forwards, then alternates F and B, then drains. W are taken
+    first-in-first-out and held back by ``2 r + 1``: rank r's gap between its last B of a unit and its first F of the
+    next is that long. Last-in-first-out, as in the author's code, is as fast, but keeps two stages' gradients open
+    instead of one.
+    """
+    order: Order = []
+    for rank in range(placement.ranks):
+        stages = placement.stages_of(rank)
+        tasks: list[Task] = []
+        for part in units_of(micro_batches, unit):
+            size = len(part)
+            steps = size * len(stages)
+            forwards = [Task(Kind.FORWARD, s, m) for s in stages for m in part]
+            backwards = [Task(Kind.BACKWARD, s, m) for s in reversed(stages) for m in part]
+            warm = min(2 * (placement.ranks - 1 - rank) + (len(stages) - 1) * size, steps)
+            tasks += forwards[:warm]
+            waiting: deque[Task] = deque()
+            for k, backward in enumerate(backwards):
+                alternating = k < steps - warm
+                if alternating:
+                    tasks.append(forwards[warm + k])
+                tasks.append(backward)
+                waiting.append(_weight(backward))
+                if not alternating or k > 2 * rank:
+                    tasks.append(waiting.popleft())
+            tasks += waiting
+        order.append(tasks)
+    return order
+
+
+def one_f_one_b(placement: Placement, micro_batches: int) -> Order:
+    """1F1B: rank r runs P - 1 - r forwards ahead, then a forward and a full backward in turn (V = 1)."""
+    return _alternate(placement, micro_batches, micro_batches, ahead=lambda rank: placement.ranks - 1 - rank)
+
+
+def interleaved_1f1b(placement: Placement, micro_batches: int) -> Order:
+    """Interleaved 1F1B: rounds of P micro-batches go through a rank's V stages in turn, with full backward passes.
+
+    Where P does not divide M, the closed form of Megatron-LM would wait for itself; the caps that it implies, under
+    list scheduling, give the same order elsewhere and a valid one there.
+    """
+    ranks, per_rank = placement.ranks, placement.stages_per_rank
+    if micro_batches % ranks:
+        caps = tuple(2 * (ranks - 1 - rank) + (per_rank - 1) * ranks + 1 for rank in range(ranks))
+        return list_schedule(placement, micro_batches, ranks, in_flight=caps, defer=False)
+    return _alternate(
+        placement, micro_batches, ranks, ahead=lambda rank: 2 * (ranks - 1 - rank) + (per_rank - 1) * ranks
+    )
+
+
+def breadth_first(placement: Placement, micro_batches: int) -> Order:
+    """Looped breadth-first: every forward of a rank, then every full backward."""
+    every = placement.stages_per_rank * micro_batches
+    return _alternate(placement, micro_batches, micro_batches, ahead=lambda rank: every)
+
+
+def _alternate(placement: Placement, micro_batches: int, unit: int, ahead: Callable[[int], int]) -> Order:
+    """A forward and a full backward in turn, after ``ahead(rank)`` forwards."""
+    order: Order = []
+    for rank in range(placement.ranks):
+        stages = placement.stages_of(rank)
+        forwards = _forwards(stages, micro_batches, unit)
+        warm = min(ahead(rank), len(forwards))
+        tasks = forwards[:warm]
+        for k, backward in enumerate(_backwards(stages, micro_batches, unit)):
+            tasks += [*forwards[warm + k : warm + k + 1], backward, _weight(backward)]
+        order.append(tasks)
+    return order
+
+
+def zb_h1(placement: Placement, micro_batches: int) -> Order:
+    """ZB-H1 (Qi et al. 2024): 1F1B's order and peak memory with W moved into the bubbles (V = 1)."""
+    ranks = placement.ranks
+    return list_schedule(
+        placement,
+        micro_batches,
+        micro_batches,
+        in_flight=tuple(ranks - rank for rank in range(ranks)),
+        held=(float(ranks),) * ranks,
+        held_after_backward=1.0,
+    )
+
+
+def zbv(placement: Placement, micro_batches: int) -> Order:
+    """ZBV (Qi et al. 2024): two stages a rank placed as a V, at most 2P activations of a stage in flight.
+
+    The four stretches of the paper: run down (stage ``r`` ahead), turn (its partner ``2P - 1 - r`` joins), steady
+    state with full backward passes, and a tail in which W fill what would be bubbles.
+    """
+    order: Order = []
+    for rank in range(placement.ranks):
+        first, second = placement.stages_of(rank)
+        done: dict[tuple[Kind, int], int] = {}
+        tasks: list[Task] = []
+        waiting: deque[Task] = deque()
+
+        def run(kind: Kind, stage: int, *, split: bool = False) -> None:
+            """The next ``kind`` of ``stage``, where one is left."""
+            micro_batch = done.get((kind, stage), 0)  # noqa: B023 - called within this iteration alone
+            if micro_batch == micro_batches:
+                return
+            task = Task(kind, stage, micro_batch)
+            done[kind, stage] = micro_batch + 1  # noqa: B023
+            tasks.append(task)  # noqa: B023
+            if kind is Kind.BACKWARD:
+                (waiting if split else tasks).append(_weight(task))  # noqa: B023
+
+        for _ in range(2 * (placement.ranks - rank) - 1):
+            run(Kind.FORWARD, first)
+        for _ in range(rank):
+            run(Kind.FORWARD, second)
+            run(Kind.FORWARD, first)
+        for _ in range(placement.ranks - rank):
+            run(Kind.FORWARD, second)
+            run(Kind.BACKWARD, second)
+        while done.get((Kind.FORWARD, second), 0) < micro_batches:
+            run(Kind.FORWARD, first)
+            run(Kind.BACKWARD, first)
+            run(Kind.FORWARD, second)
+            run(Kind.BACKWARD, second)
+        for _ in range(rank):
+            run(Kind.BACKWARD, first, split=True)
+            run(Kind.BACKWARD, second, split=True)
+        for _ in range(placement.ranks - rank):
+            run(Kind.BACKWARD, first, split=True)
+            if waiting:
+                tasks.append(waiting.popleft())
+        order.append([*tasks, *waiting])
+    return order
+
+
+@dataclass(frozen=True, slots=True)
+class ListCosts:
+    """Times that list scheduling assumes; the unit is free.
+
+    Attributes:
+        forward: Time of an F.
+        backward: Time of a B.
+        weight: Time of a W.
+        transfer: Time from the end of a task to its result being on another rank.
+    """
+
+    forward: float = 1.0
+    backward: float = 1.0
+    weight: float = 1.0
+    transfer: float = 0.0
+
+
+def list_schedule(
+    placement: Placement,
+    micro_batches: int,
+    unit: int,
+    *,
+    held: Sequence[float] | None = None,
+    in_flight: Sequence[int] | None = None,
+    held_after_backward: float = 0.5,
+    defer: bool = True,
+    overlap: bool = True,
+    costs: ListCosts = ListCosts(),
+) -> Order:
+    """Order tasks by simulated time: B first, then F while the caps allow, then W, oldest first.
+
+    F and B of a rank keep the order unit, stage (B: from the last), micro-batch.
+
+    Args:
+        placement: Stages to ranks.
+        micro_batches: M.
+        unit: U.
+        held: For each rank, how many activations of a stage it may hold; None for no limit. An F adds 1, a B leaves
+            ``held_after_backward``, a W nothing. It must allow ``(V - 1) U + 1``.
+        in_flight: For each rank, how many micro-batches of a stage may be between F and B.
+        held_after_backward: Share of a stage's activations that waits for W.
+        defer: False runs each W right after its B.
+        overlap: False keeps a rank from starting a unit before all its W of the last one are done.
+        costs: Times of the tasks.
+
+    Raises:
+        ValueError: If a cap is so low that no order exists.
+    """
+    ranks = placement.ranks
+    forwards = [deque(_forwards(placement.stages_of(r), micro_batches, unit)) for r in range(ranks)]
+    backwards = [deque(_backwards(placement.stages_of(r), micro_batches, unit)) for r in range(ranks)]
+    weights: list[deque[Task]] = [deque() for _ in range(ranks)]
+    memory, flying, clock = [0.0] * ranks, [0] * ranks, [0.0] * ranks
+    done: dict[Task, float] = {}
+    order: Order = [[] for _ in range(ranks)]
+    last = placement.stages - 1
+    never = float("inf")
+
+    def ready(task: Task) -> float:
+        """When the inputs of an F or B are on its rank."""
+        if task.kind is Kind.FORWARD:
+            if task.stage == 0:
+                return 0.0
+            needed = Task(Kind.FORWARD, task.stage - 1, task.micro_batch)
+        elif task.stage == last:
+            needed = Task(Kind.FORWARD, last, task.micro_batch)
+        else:
+            needed = Task(Kind.BACKWARD, task.stage + 1, task.micro_batch)
+        crosses = placement.rank_of(needed.stage) != placement.rank_of(task.stage)
+        return done.get(needed, never) + (costs.transfer if crosses else 0.0)
+
+    def allowed(rank: int) -> bool:
+        """Whether the caps let the rank start its next F."""
+        if held is not None and memory[rank] + 1 > held[rank] + 1e-9:
+            return False
+        if in_flight is not None and flying[rank] + 1 > in_flight[rank]:
+            return False
+        if overlap:
+            return True
+        unit_of_next = forwards[rank][0].micro_batch // unit
+        unfinished = weights[rank] or backwards[rank]
+        return not unfinished or unfinished[0].micro_batch // unit >= unit_of_next
+
+    def choice(rank: int) -> tuple[float, Task | None]:
+        """What the rank would start next, and when."""
+        options = []
+        if backwards[rank]:
+            options.append((ready(backwards[rank][0]), backwards[rank][0]))
+        if forwards[rank] and allowed(rank):
+            options.append((ready(forwards[rank][0]), forwards[rank][0]))
+        for start, task in options:
+            if start <= clock[rank]:
+                return clock[rank], task
+        if weights[rank]:
+            return clock[rank], weights[rank][0]
+        return min(options, default=(never, None), key=lambda option: option[0])
+
+    def start(rank: int, task: Task, begin: float) -> None:
+        order[rank].append(task)
+        if task.kind is Kind.FORWARD:
+            forwards[rank].popleft()
+            memory[rank] += 1
+            flying[rank] += 1
+            duration = costs.forward
+        elif task.kind is Kind.BACKWARD:
+            backwards[rank].popleft()
+            weights[rank].append(_weight(task))
+            memory[rank] -= 1 - held_after_backward
+            flying[rank] -= 1
+            duration = costs.backward
+        else:
+            weights[rank].popleft()
+            memory[rank] -= held_after_backward
+            duration = costs.weight
+        clock[rank] = begin + duration
+        done[task] = clock[rank]
+        if task.kind is Kind.BACKWARD and not defer:
+            start(rank, weights[rank][0], clock[rank])
+
+    remaining = 3 * placement.stages * micro_batches
+    while sum(map(len, order)) < remaining:
+        (begin, task), rank = min(
+            ((choice(rank), rank) for rank in range(ranks)), key=lambda option: (option[0][0], option[1])
+        )
+        if task is None or begin == never:
+            raise ValueError(
+                f"no order exists: held={held}, in_flight={in_flight} are below what V={placement.stages_per_rank} "
+                f"stages and U={unit} need ((V - 1) U + 1 = {(placement.stages_per_rank - 1) * unit + 1}); raise "
+                "the cap or lower the unit"
+            )
+        start(rank, task, begin)
+    return order
