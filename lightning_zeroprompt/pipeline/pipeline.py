@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model cut over ranks and ready to run: the one object that holds this rank's part of a pipeline.
+
+Making it goes: find the blocks, cut them into stages, keep what this rank owns, shard it, build the executor. Nothing
+here knows of Lightning; the benchmarks run it bare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from lightning_zeroprompt.pipeline.chain import Chain
+from lightning_zeroprompt.pipeline.executor import MicroBatch, PipelineExecutor
+from lightning_zeroprompt.pipeline.layout import ProcessGroups
+from lightning_zeroprompt.pipeline.partition import balanced_cuts, module_cost
+from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
+from lightning_zeroprompt.pipeline.stage import (
+    StageModule,
+    assign_parameters,
+    drop_parameters,
+    materialize,
+    shard_stage,
+    to_device,
+)
+from lightning_zeroprompt.pipeline.weight_grad import defer_linears, restore_linears
+
+__all__ = ["Pipeline", "cut_chain"]
+
+
+def cut_chain(chain: Chain, stages: int) -> list[tuple[int, int]]:
+    """Cut a chain into stages of equal estimated work, what lies outside its blocks included.
+
+    Raises:
+        ValueError: If there are fewer blocks than stages.
+    """
+    before, behind, _ = chain.outside()
+    return balanced_cuts(
+        [module_cost(block) for block in chain.blocks],
+        stages,
+        before=sum(module_cost(module) for module in before),
+        behind=sum(module_cost(module) for module in behind),
+    )
+
+
+class Pipeline:
+    """This rank's part of a model.
+
+    Args:
+        chain: The model's blocks; the model is cut in place.
+        placement: Stages to ranks.
+        cuts: For each stage its first block and the one behind its last.
+        groups: The ranks.
+        device: Where stages run.
+        precision: Types of gathered weights and of reductions; None leaves both to the parameters.
+        cpu_offload: Keep shards, gradients and optimizer state in the host's memory.
+
+    Attributes:
+        executor: Runs the stages.
+        copies: Those of this rank's parameters that other ranks hold too, by name.
+        owned: Names of the parameters that this rank holds, as in the whole model.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        placement: Placement,
+        cuts: Sequence[tuple[int, int]],
+        groups: ProcessGroups,
+        device: torch.device,
+        *,
+        precision: MixedPrecisionPolicy | None = None,
+        cpu_offload: bool = False,
+    ) -> None:
+        self.chain, self.placement, self.cuts, self.groups, self.device = chain, placement, list(cuts), groups, device
+        rank = groups.pipeline_rank
+        self._ownership = assign_parameters(chain, cuts)
+        self._owners = {name: self._ownership.ranks(name, placement) for name in self._ownership.stages}
+        self.owned = frozenset(name for name, ranks in self._owners.items() if rank in ranks)
+        mine = placement.stages_of(rank)
+
+        drop_parameters(chain.root, set(self.owned))
+        absent = [
+            module
+            for modules in self._ownership.modules
+            for module in modules
+            if any(parameter.is_meta for parameter in module.parameters())
+        ]
+        self.stages = {stage: StageModule(chain, stage, cuts[stage], self._ownership.modules[stage]) for stage in mine}
+        for module in self.stages.values():
+            materialize(module, device)
+        left = [name for name, p in chain.root.named_parameters() if name in self.owned and p.is_meta]
+        if left:
+            raise TypeError(
+                f"parameters {left} are on the meta device and belong to modules that contain the blocks, which cannot "
+                "be initialised alone; build these on a real device"
+            )
+        to_device(chain.root, device)
+        # Behind the moves, which make new parameters.
+        kept = [module for module in absent if not self._is_here(module)]
+        chain.leave_out(kept, before=0 in mine, behind=placement.stages - 1 in mine)
+        whole = {name for name in self._owners if self._ownership.is_whole(name, placement)}
+        self.sharded = groups.layout.data > 1 or precision is not None or cpu_offload
+        # Copies are summed over all their ranks; shards over those with the same part.
+        self._sums = {
+            name: (ranks, name in whole or not self.sharded)
+            for name, ranks in self._owners.items()
+            if name in whole or len(ranks) > 1
+        }
+        self._sum_groups = groups.of_owners(self._sums.values())
+        if self.sharded:
+            named = dict(chain.root.named_parameters())
+            for module in self.stages.values():
+                shard_stage(
+                    module,
+                    groups.data_mesh,
+                    precision or MixedPrecisionPolicy(),
+                    {named[name] for name in whole},
+                    CPUOffloadPolicy() if cpu_offload else None,
+                )
+        named = dict(chain.root.named_parameters())
+        self.copies: dict[str, nn.Parameter] = {name: named[name] for name in sorted(self.owned & set(self._sums))}
+        self.executor = PipelineExecutor(self.stages, placement, groups.pipeline, device)
+
+    def _is_here(self, module: nn.Module) -> bool:
+        return any(module is part for stage in self.stages.values() for part in stage.outside)
+
+    @property
+    def last_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return self.groups.layout.global_rank(self.placement.rank_of(self.placement.stages - 1), self.groups.data_rank)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters under the names of the whole model."""
+        return {name: p for name, p in self.chain.root.named_parameters() if name in self.owned}
+
+    def train_step(
+        self, schedule: Schedule, micro_batches: Sequence[MicroBatch], loss: Callable[[Any, int], Tensor]
+    ) -> None:
+        """Run forward and backward passes of a step; gradients are added to what is there.
+
+        Args:
+            schedule: Of this placement, with as many micro-batches.
+            micro_batches: The step's.
+            loss: See ``PipelineExecutor.train_step``.
+        """
+        # Sums over ranks are of this step's gradients alone: earlier ones have been summed already.
+        held = {parameter: parameter.grad for parameter in self.copies.values()}
+        for parameter in held:
+            parameter.grad = None
+        self.executor.train_step(schedule, micro_batches, loss)
+        self._sum_copies()
+        for parameter, grad in held.items():
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+    def _sum_copies(self) -> None:
+        """Sum the gradients of copies over their ranks; where these span data-parallel ranks, take those' mean."""
+        buckets: dict[tuple[tuple[int, ...], bool, torch.dtype], list[nn.Parameter]] = {}
+        for name, parameter in self.copies.items():
+            if parameter.requires_grad and self._sums[name] in self._sum_groups:
+                buckets.setdefault((*self._sums[name], parameter.dtype), []).append(parameter)
+        for (owners, across, _), parameters in sorted(buckets.items(), key=lambda item: str(item[0])):
+            grads = []
+            for parameter in parameters:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = grad
+                grads.append(grad.to_local() if isinstance(grad, DTensor) else grad)
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            dist.all_reduce(flat, group=self._sum_groups[owners, across])
+            if across:
+                flat /= self.groups.layout.data
+            for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+    def grad_norm(self, parameters: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+        """The norm of the whole model's gradients, copies counted once.
+
+        Args:
+            parameters: This rank's, such as those of the optimizer.
+            norm_type: As in ``torch.nn.utils.clip_grad_norm_``.
+
+        Returns:
+            A scalar, equal on all ranks.
+        """
+        elsewhere = {p for name, p in self.copies.items() if self._owners[name][0] != self.groups.pipeline_rank}
+        grads = [p.grad for p in parameters if p.grad is not None and p not in elsewhere]
+        norms = [
+            torch.nn.utils.get_total_norm(part, norm_type)
+            for part in ([g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)])
+            if part
+        ]
+        whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in whole) else torch.float32
+        mine = torch.stack([norm.to(self.device, dtype) for norm in whole] or [torch.zeros((), device=self.device)])
+        if norm_type == float("inf"):
+            largest = mine.max()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.pipeline)
+            return largest
+        total = (mine**norm_type).sum()
+        dist.all_reduce(total, group=self.groups.pipeline)
+        return total ** (1.0 / norm_type)
+
+    def clip_grad_norm(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+        """Scale this rank's gradients so that the norm of the whole model's is at most ``max_norm``.
+
+        Returns:
+            The norm before.
+        """
+        norm = self.grad_norm(parameters)
+        for sharded in (True, False):
+            part = [p for p in parameters if p.grad is not None and isinstance(p.grad, DTensor) is sharded]
+            torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm)
+        return norm
+
+    def prepare(self) -> None:
+        """Make Linears able to defer their gradients, after ``restore``."""
+        for module in self.stages.values():
+            defer_linears(module)
+
+    def restore(self) -> None:
+        """Give Linears their class back; the model stays cut."""
+        for module in self.stages.values():
+            restore_linears(module)

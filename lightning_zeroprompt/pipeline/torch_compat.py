@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that touches private names of torch: its schedule runtime, its stage, and FSDP2's gradient state.
+
+Works on torch 2.11 and 2.13. What each part is for:
+
+* ``RuntimeBase`` runs a list of actions with sends, receives, gathers and reductions in it; ``to_actions`` makes that
+  list.
+* ``StageBase`` is ``PipelineStage`` without its first-step metadata exchange, which runs the user's loss on
+  uninitialised tensors (2.13) and allocates one receive buffer a micro-batch for ever (both).
+* ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
+* ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+)
+
+from lightning_zeroprompt.pipeline.schedule import Kind, Task
+from lightning_zeroprompt.pipeline.weight_grad import GradBuffer
+
+__all__ = [
+    "RuntimeBase",
+    "StageBase",
+    "UnshardedGradBuffers",
+    "finish_reductions",
+    "reduce_gradients",
+    "to_actions",
+]
+
+_TYPES = {
+    Kind.FORWARD: _ComputationType.FORWARD,
+    Kind.BACKWARD: _ComputationType.BACKWARD_INPUT,
+    Kind.WEIGHT: _ComputationType.BACKWARD_WEIGHT,
+    Kind.GATHER: _ComputationType.UNSHARD,
+    Kind.RELEASE: _ComputationType.RESHARD,
+    Kind.REDUCE: _ComputationType.REDUCE_GRAD,
+    Kind.SEND_F: _ComputationType.SEND_F,
+    Kind.RECV_F: _ComputationType.RECV_F,
+    Kind.SEND_B: _ComputationType.SEND_B,
+    Kind.RECV_B: _ComputationType.RECV_B,
+}
+
+
+def to_actions(tasks: Sequence[Task]) -> list[_Action]:
+    """Our tasks as torch's actions."""
+    return [_Action(t.stage, _TYPES[t.kind], t.micro_batch if t.micro_batch >= 0 else None) for t in tasks]
+
+
+class RuntimeBase(_PipelineScheduleRuntime):
+    """torch's runtime, told what to do task by task.
+
+    Args:
+        stages: This rank's stages.
+        tasks: This rank's tasks, transfers included.
+        micro_batches: M.
+        train: Whether there are backward tasks.
+    """
+
+    def __init__(self, stages: Sequence[StageBase], tasks: Sequence[Task], micro_batches: int, *, train: bool) -> None:
+        loss_fn = self._end if train else None
+        super().__init__(list(stages), micro_batches, loss_fn=loss_fn, scale_grads=False)  # type: ignore[no-untyped-call]
+        self.pipeline_order_with_comms = {self.rank: to_actions(tasks)}
+        self.register_custom_function(_ComputationType.BACKWARD_WEIGHT, self._run_weight)
+        self.register_custom_function(_ComputationType.REDUCE_GRAD, self._run_reduce)
+        self._by_index = {stage.stage_index: stage for stage in stages}
+        self._ends: dict[int, Any] = {}
+        self._end_call: Callable[[Any, int], Any] | None = None
+
+    def run(self, end: Callable[[Any, int], Any]) -> dict[int, Any]:
+        """Run the list.
+
+        Args:
+            end: ``end(output, micro_batch)``, called behind each forward of the last stage while its weights are there;
+                in training it returns the scalar to go backward from.
+
+        Returns:
+            Without training, what ``end`` returned for each micro-batch; in training nothing.
+        """
+        count, self._end_call = self._n_microbatches, end
+        for stage in self._by_index.values():
+            stage.has_backward = self._has_backward
+            stage.chunks = count
+            stage.clear_runtime_states()
+        keywords = [{"micro_batch": index} for index in range(count)]
+        try:
+            self._step_microbatches([()] * count, keywords, return_outputs=False)
+            ends, self._ends = self._ends, {}
+        finally:
+            for stage in self._by_index.values():
+                stage.clear_runtime_states()
+            self._ends = {}
+            self._end_call = None
+        return ends
+
+    def _end(self, output: Any, micro_batch: int) -> Any:
+        if self._end_call is None:
+            raise RuntimeError("a schedule is run without run()")
+        return self._end_call(output, micro_batch)
+
+    def _initialize_stages(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: shapes are agreed on message by message."""
+
+    def _maybe_compute_loss(
+        self, stage: Any, output: Any, target_mbs: Any, mb_index: int, loss_kwargs: Any = None
+    ) -> None:
+        if stage.is_last:
+            self._ends[mb_index] = self._end(output, mb_index)
+
+    def _maybe_get_loss(self, stage: Any, mb_index: int) -> Tensor | None:
+        # Torch keeps every micro-batch's loss, and with it a graph, to the end of the step.
+        return self._ends.pop(mb_index) if stage.is_last else None
+
+    def _update_losses(self, stages: Any, losses: Any) -> None:
+        """Nothing: they have been handed out."""
+
+    def _run_weight(self, action: _Action, ctx: Any) -> None:
+        # Without torch's check that the stage is gathered: a deferred gradient needs no weights.
+        self._by_index[action.stage_index].backward_weight_one_chunk(action.microbatch_index or 0)
+
+    def _run_reduce(self, action: _Action, ctx: Any) -> None:
+        self._by_index[action.stage_index].reduce()
+
+
+class StageBase(PipelineStage):
+    """``PipelineStage`` without metadata exchange; a subclass moves the tensors.
+
+    Args:
+        module: What the stage runs.
+        stage: Its index.
+        stages: How many there are.
+        device: Where it runs.
+        group: The pipeline's ranks.
+        dw_builder: See ``PipelineStage``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        stage: int,
+        stages: int,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        dw_builder: Any,
+    ) -> None:
+        super().__init__(module, stage, stages, device, group=group, dw_builder=dw_builder)
+        # Torch 2.13 returns as many gradients as there are inputs here; received inputs come first anyway.
+        if hasattr(self, "_stage_meta"):
+            self._stage_meta.inputs = _Everything()
+
+    def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
+        """Nothing (torch 2.11 compares with the metadata that is not exchanged)."""
+
+    def _validate_fwd_outputs(self, outputs: Any) -> None:
+        """Nothing, likewise."""
+
+    def reduce(self) -> None:
+        """Run the REDUCE of this stage."""
+        raise NotImplementedError
+
+
+class _Everything(tuple[Any, ...]):
+    """A tuple as long as any other, for slicing another one whole."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return 2**31
+
+
+def _param_groups(root: FSDPModule) -> list[Any]:
+    state = fully_shard.state(root)  # type: ignore[attr-defined]
+    groups: list[Any] = []
+    for part in state._state_ctx.all_states:
+        several = getattr(part, "_fsdp_param_groups", None)
+        one = getattr(part, "_fsdp_param_group", None)
+        groups += several if several is not None else [one] if one is not None else []
+    return groups
+
+
+def reduce_gradients(root: FSDPModule) -> None:
+    """Reduce-scatter what has been summed for a stage's parameters, without waiting; weights stay as they are."""
+    root.set_requires_gradient_sync(True)
+    root.set_reshard_after_backward(False)
+    for group in _param_groups(root):
+        group.post_backward()
+    root.set_requires_gradient_sync(False)
+
+
+def finish_reductions(root: FSDPModule) -> None:
+    """Make the current stream wait for a stage's reductions, at the end of a step."""
+    root.set_is_last_backward(True)
+    fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+class UnshardedGradBuffers:
+    """Finds, for a gathered parameter, where FSDP sums its gradients between reductions.
+
+    With a reduction type of its own (``MixedPrecisionPolicy(reduce_dtype=...)``), sums are kept in that type; a
+    deferred gradient that went to ``.grad`` would be summed in the parameter's type instead.
+
+    Args:
+        root: A stage that ``fully_shard`` was called on.
+    """
+
+    def __init__(self, root: FSDPModule) -> None:
+        self._root = root
+        self._buffers: dict[int, _UnshardedGradBuffer] = {}
+
+    def __call__(self, parameter: Tensor) -> GradBuffer | None:
+        """The buffer of a gathered parameter; None where ``.grad`` is the place."""
+        if not self._buffers:
+            for group in _param_groups(self._root):
+                for param in group.fsdp_params:
+                    # The gathered parameter is one object for good; its storage comes and goes.
+                    if param.reduce_dtype is not None and hasattr(param, "_unsharded_param"):
+                        self._buffers[id(param._unsharded_param)] = _UnshardedGradBuffer(param)
+        return self._buffers.get(id(parameter))
+
+
+class _UnshardedGradBuffer:
+    def __init__(self, param: Any) -> None:
+        self._param = param
+
+    def add(self, grad: Tensor) -> None:
+        held = self._param.unsharded_accumulated_grad
+        if held is None:
+            self._param.unsharded_accumulated_grad = grad.to(self._param.reduce_dtype)
+        else:
+            held += grad

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What user code logs on the last stage, logged on every rank of the pipeline.
+
+User code runs behind the last block, so ``self.log`` is called on one rank only; callbacks that monitor a value, and
+``sync_dist``, need it on all. Calls are recorded a micro-batch at a time, combined by their ``reduce_fx``, sent round
+and made again everywhere:
+
+* ``"mean"`` (the default): the mean weighted by the micro-batches' loss weights, or by ``batch_size`` where one is
+  given;
+* ``"sum"``, ``"max"``, ``"min"``: that, over the micro-batches;
+* any other function is called with the stacked values.
+
+A ``Metric`` object keeps its state on the last stage; its ``compute`` gathers over all ranks as always.
+
+Names and arguments go round on the CPU, and only when they change; values go in one tensor, which the CPU never waits
+for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["LogRelay"]
+
+
+@dataclass(slots=True)
+class _Record:
+    name: str
+    arguments: dict[str, Any]
+    metric: str | None = None
+    values: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One call of ``self.log`` as it is made on every rank."""
+
+    name: str
+    arguments: dict[str, Any]
+    metric: str | None
+    dtype: str
+
+
+class LogRelay:
+    """Stands in for ``LightningModule.log`` while user code runs on a stage.
+
+    Args:
+        module: The user's module.
+        source: Global rank of the last stage.
+        group: The pipeline's ranks, for tensors.
+        control: The same ranks on the CPU.
+        device: Where values live.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        source: int,
+        group: dist.ProcessGroup,
+        control: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        self._module, self._source, self._group, self._control = module, source, group, control
+        self._device = device
+        self._records: dict[tuple[str, int], _Record] = {}
+        self._entries: tuple[_Entry, ...] = ()
+        self._sent: Any = None
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Drop what is logged: user code runs here only up to its blocks."""
+        with self._log_replaced(lambda *args, **kwargs: None):
+            yield
+
+    @contextmanager
+    def recording(self, weight: Tensor) -> Iterator[None]:
+        """Record what is logged for one micro-batch.
+
+        Args:
+            weight: Of the micro-batch in means.
+        """
+        seen: dict[str, int] = {}
+
+        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            if args:
+                raise TypeError(f"self.log({name!r}, ...): pass everything behind the value by keyword")
+            count = seen[name] = seen.get(name, -1) + 1
+            self._record(name, count, value, kwargs, weight)
+
+        with self._log_replaced(log):
+            yield
+
+    @contextmanager
+    def _log_replaced(self, log: Any) -> Iterator[None]:
+        self._module.log = log  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self._module.log
+
+    def _record(self, name: str, count: int, value: Any, arguments: dict[str, Any], weight: Tensor) -> None:
+        record = self._records.get((name, count))
+        if record is None:
+            record = self._records[name, count] = _Record(name, dict(arguments))
+            record.arguments.pop("batch_size", None)
+        if isinstance(value, Metric):
+            record.metric = next(path for path, part in self._module.named_modules() if part is value)
+            value = getattr(value, "_forward_cache", None)
+            if value is None:
+                # Updated, not called: there is no value of this step.
+                return
+        if isinstance(value, dict):
+            raise TypeError(f"self.log({name!r}, <dict>): use self.log_dict")
+        tensor = torch.as_tensor(value, device=self._device).detach()
+        if tensor.numel() != 1:
+            raise ValueError(f"self.log({name!r}, ...) was given {tensor.numel()} numbers; log one")
+        size = arguments.get("batch_size")
+        record.values.append(tensor.reshape(()))
+        record.weights.append(weight if size is None else torch.as_tensor(float(size), device=self._device))
+        if size is not None:
+            record.sizes.append(int(size))
+
+    def send(self, loss: Tensor | None, rows: int) -> Tensor | None:
+        """Tell all ranks of the pipeline, and log there; every rank calls this at the end of a step.
+
+        Args:
+            loss: The batch's loss on the last stage's rank; elsewhere ignored.
+            rows: Of the batch, for means over an epoch.
+
+        Returns:
+            The loss; None where the last stage gave none.
+        """
+        here = dist.get_rank() == self._source
+        message: list[Any] = [None]
+        values: list[Tensor] = []
+        if here:
+            entries, values = self._combine()
+            if loss is not None:
+                values.append(loss.detach().double())
+            described = (entries, loss is not None)
+            # Nothing changed: nothing to say.
+            message = [None if described == self._sent else described]
+            self._sent = described
+        if dist.get_world_size(self._group) > 1:
+            dist.broadcast_object_list(message, self._source, group=self._control)
+        if message[0] is not None:
+            self._sent = message[0]
+        entries, has_loss = self._sent
+        count = len(entries) + has_loss
+        packed = torch.stack(values) if values else torch.zeros(count, dtype=torch.float64, device=self._device)
+        if count and dist.get_world_size(self._group) > 1:
+            dist.broadcast(packed, self._source, group=self._group)
+        for entry, value in zip(entries, packed.unbind(), strict=False):
+            self._log_again(entry, value, rows)
+        # Not in the default type, which precision plugins change: a loss in bfloat16 would be rounded.
+        return packed[-1] if has_loss else None
+
+    def _log_again(self, entry: _Entry, value: Tensor, rows: int) -> None:
+        arguments = {"batch_size": rows, **entry.arguments}
+        if entry.metric is None:
+            self._module.log(entry.name, value.to(getattr(torch, entry.dtype)), **arguments)
+            return
+        metric = self._module.get_submodule(entry.metric)
+        metric._forward_cache = value.to(getattr(torch, entry.dtype)) if entry.dtype else None  # type: ignore[assignment]
+        self._module.log(entry.name, metric, **arguments)  # type: ignore[arg-type]
+
+    def _combine(self) -> tuple[tuple[_Entry, ...], list[Tensor]]:
+        records, self._records = list(self._records.values()), {}
+        entries, values = [], []
+        for record in records:
+            arguments = dict(record.arguments)
+            if record.sizes:
+                arguments["batch_size"] = sum(record.sizes)
+            dtype = str(record.values[0].dtype).removeprefix("torch.") if record.values else ""
+            entries.append(_Entry(record.name, arguments, record.metric, dtype))
+            values.append(
+                _reduce(record.values, record.weights, arguments.get("reduce_fx", "mean"))
+                if record.values
+                else torch.zeros((), dtype=torch.float64, device=self._device)
+            )
+        return tuple(entries), values
+
+
+def _reduce(values: Sequence[Tensor], weights: Sequence[Tensor], how: Any) -> Tensor:
+    stacked = torch.stack([value.double() for value in values])
+    if how in ("mean", torch.mean):
+        weighted = torch.stack([weight.double() for weight in weights])
+        return (stacked * weighted).sum() / weighted.sum()
+    if how in ("sum", torch.sum):
+        return stacked.sum()
+    if how in ("max", max, torch.max):
+        return stacked.max()
+    if how in ("min", min, torch.min):
+        return stacked.min()
+    result: Tensor = how(stacked)
+    return result

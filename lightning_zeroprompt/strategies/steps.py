@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of a LightningModule on a pipeline: batches to micro-batches, user code around the blocks, one result.
+
+A training step is run as M micro-batches; its loss is their mean, weighted by rows, or by ``loss_weight(batch)`` where
+the module defines it (a token mean stays a token mean then, over micro-batches and over data-parallel ranks).
+Evaluation steps get their batch whole: what they return and log is exactly what they would without a pipeline, at the
+price that stages wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_zeroprompt.pipeline.batch import batch_rows, signature, split_batch, split_sizes
+from lightning_zeroprompt.pipeline.executor import MicroBatch
+from lightning_zeroprompt.pipeline.pipeline import Pipeline
+from lightning_zeroprompt.pipeline.schedule import Schedule
+from lightning_zeroprompt.strategies.relay import LogRelay
+from lightning_zeroprompt.strategies.support import join_results, micro_seed, random_state
+
+__all__ = ["PipelineSteps"]
+
+_USER_CODE = -1
+"""In the place of a stage's index: random numbers of user code, before and behind the blocks."""
+
+
+class _Precision(Protocol):
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """What forward passes run in."""
+
+
+class PipelineSteps:
+    """Runs the steps of one module.
+
+    Args:
+        module: The user's module, cut.
+        pipeline: This rank's part of it.
+        precision: The Trainer's precision plugin.
+        seed: Equal on all ranks.
+
+    Attributes:
+        in_user_code: Whether a step of the module is running, which it does on some ranks only.
+    """
+
+    def __init__(self, module: pl.LightningModule, pipeline: Pipeline, precision: _Precision, seed: int) -> None:
+        self._module, self._pipeline, self._precision = module, pipeline, precision
+        groups = pipeline.groups
+        self._seed = micro_seed(seed, groups.data_rank)
+        self._relay = LogRelay(module, pipeline.last_rank, groups.pipeline, groups.control, pipeline.device)
+        self.in_user_code = False
+        self._batches_compared = self._loss_checked = False
+
+    def train(
+        self, schedule: Schedule, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, step: int, scale: float
+    ) -> Tensor | dict[str, Any]:
+        """Run ``training_step`` on a batch, forward and backward; gradients are added to the parameters'.
+
+        Args:
+            schedule: Its number of micro-batches is M.
+            args: Of ``training_step``: the batch first.
+            kwargs: Likewise.
+            step: Number of the batch, for random numbers.
+            scale: Factor of the gradients, 1 / batches that are accumulated.
+
+        Returns:
+            What ``training_step`` returned, with the loss of the whole batch, on the last stage's rank; the loss
+            elsewhere.
+
+        Raises:
+            TypeError: If ``training_step`` returns no loss.
+        """
+        batch, rest = args[0], args[1:]
+        rows = batch_rows(batch)
+        sizes = split_sizes(rows, schedule.micro_batches)
+        parts = split_batch(batch, sizes)
+        self._compare_batches(parts)
+        weights, factors = self._weigh(parts)
+        losses: list[Tensor] = []
+        results: list[Any] = []
+        method = self._module.training_step
+
+        def end(output: Any, index: int) -> Tensor:
+            result = self._replay(method, (parts[index], *rest), kwargs, output, step, index, weights[index])
+            loss = result.get("loss") if isinstance(result, Mapping) else result
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    f"training_step returned {type(result).__name__} for a micro-batch; it has to return a loss, or a "
+                    "dict with the key 'loss'"
+                )
+            losses.append(loss.detach())
+            results.append(result)
+            scaled: Tensor = loss * (factors[index] * scale)
+            return scaled
+
+        micro_batches = [
+            self._micro_batch(method, (part, *rest), kwargs, step, index) for index, part in enumerate(parts)
+        ]
+        with random_state(self._pipeline.device):
+            self._pipeline.train_step(schedule, micro_batches, end)
+        mean = None
+        if losses:
+            self._check_loss(losses)
+            heavy = torch.stack([weight.double() for weight in weights])
+            mean = (torch.stack(losses).double() * heavy).sum() / heavy.sum()
+        loss = self._relay.send(mean, rows)
+        if loss is None:
+            raise RuntimeError("the last stage reported no loss")
+        loss = loss.requires_grad_()
+        if results and isinstance(results[0], Mapping):
+            return {**join_results(results, sizes), "loss": loss}
+        return loss
+
+    def evaluate(
+        self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, log: bool = True
+    ) -> Any:
+        """Run an evaluation step on a whole batch.
+
+        Args:
+            method: ``validation_step``, ``test_step`` or ``predict_step``.
+            args: Its arguments, the batch first.
+            kwargs: Likewise.
+            log: Whether it may log.
+
+        Returns:
+            What it returned, on every rank of the pipeline.
+        """
+        groups = self._pipeline.groups
+        try:
+            rows = batch_rows(args[0])
+        except ValueError:
+            rows = 1
+        weight = torch.as_tensor(float(rows), device=self._pipeline.device)
+
+        def end(output: Any, index: int) -> Any:
+            return self._replay(method, args, kwargs, output, 0, index, weight)
+
+        with random_state(self._pipeline.device):
+            results = self._pipeline.executor.forward([self._micro_batch(method, args, kwargs, 0, 0)], end)
+        if log:
+            self._relay.send(None, rows)
+        message = results or [None]
+        if groups.layout.pipeline > 1:
+            dist.broadcast_object_list(message, self._pipeline.last_rank, group=groups.control)
+        return message[0]
+
+    # -- user code ------------------------------------------------------------------------------------------------
+
+    def _micro_batch(
+        self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, index: int
+    ) -> MicroBatch:
+        def capture() -> Any:
+            with self._relay.muted():
+                return self._pipeline.chain.capture(lambda: self._call(method, args, kwargs))
+
+        return MicroBatch(
+            signature=signature(args[0]),
+            capture=capture,
+            seed=lambda stage: self._set_seed(step, stage, index),
+            context=self._precision.forward_context,
+        )
+
+    def _replay(
+        self,
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        step: int,
+        index: int,
+        weight: Tensor,
+    ) -> Any:
+        self._set_seed(step, _USER_CODE, index)
+        with self._relay.recording(weight):
+            return self._pipeline.chain.replay(lambda: self._call(method, args, kwargs), output)
+
+    def _call(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self.in_user_code = True
+        try:
+            with self._precision.forward_context():
+                return method(*args, **kwargs)
+        finally:
+            self.in_user_code = False
+
+    def _set_seed(self, step: int, stage: int, micro_batch: int) -> None:
+        torch.manual_seed(micro_seed(self._seed, step, stage, micro_batch))
+
+    # -- weights and checks ---------------------------------------------------------------------------------------
+
+    def _weigh(self, parts: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights of the micro-batches, and what to multiply their losses by.
+
+        Without ``loss_weight`` the mean is over this rank's rows, and over ranks as DDP takes it.
+        """
+        own = getattr(self._module, "loss_weight", None)
+        device, groups = self._pipeline.device, self._pipeline.groups
+        weights = [torch.as_tensor(own(part) if own else batch_rows(part), device=device).detach() for part in parts]
+        total = torch.stack([weight.double() for weight in weights]).sum()
+        if own and groups.layout.data > 1:
+            dist.all_reduce(total, group=groups.data)
+            total = total / groups.layout.data
+        return weights, [weight.double() / total for weight in weights]
+
+    def _compare_batches(self, parts: list[Any]) -> None:
+        """Once: the ranks of a pipeline have to be given the same batch."""
+        if self._batches_compared:
+            return
+        self._batches_compared = True
+        groups = self._pipeline.groups
+        everyone: list[Any] = [None] * groups.layout.pipeline
+        dist.all_gather_object(everyone, [signature(part) for part in parts], group=groups.control)
+        for rank, theirs in enumerate(everyone):
+            if theirs != everyone[0]:
+                raise RuntimeError(
+                    f"pipeline rank {rank} was given micro-batches of {theirs}, rank 0 of {everyone[0]}: the ranks "
+                    "of a pipeline work on one batch. Use Lightning's own distributed sampler, or shard by "
+                    "trainer.strategy.distributed_sampler_kwargs instead of the global rank"
+                )
+
+    def _check_loss(self, losses: list[Tensor]) -> None:
+        """Once: a stand-in's NaN in the loss means that user code needed what is on another rank."""
+        if self._loss_checked:
+            return
+        self._loss_checked = True
+        if self._pipeline.chain.has_stand_ins and any(bool(torch.isnan(loss)) for loss in losses):
+            raise RuntimeError(
+                "the first loss is NaN. If it is not so under another strategy, code behind the blocks uses the output "
+                "of a module that runs before them, which is on another rank: pass it through the blocks with "
+                "configure_pipeline()"
+            )

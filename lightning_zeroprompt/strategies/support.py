@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small things that the strategy needs: seeds, precision, results of micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+__all__ = ["fsdp_precision", "hydra_config", "join_results", "micro_seed", "random_state"]
+
+
+def micro_seed(*parts: int) -> int:
+    """Mix whole numbers into a seed below 2**63.
+
+    >>> micro_seed(1, 2) == micro_seed(1, 2), micro_seed(1, 2) == micro_seed(2, 1)
+    (True, False)
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def random_state(device: torch.device) -> Iterator[None]:
+    """Leave the random numbers of the surrounding code as they were."""
+    host = torch.get_rng_state()
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(host)
+        if state is not None:
+            torch.cuda.set_rng_state(state, device)
+
+
+def fsdp_precision(plugin: Precision) -> MixedPrecisionPolicy | None:
+    """Types of gathered weights and of gradient reductions for a Trainer's precision.
+
+    Returns:
+        None where weights are used and reduced in the type they are kept in.
+
+    Raises:
+        ValueError: For precisions that need a loss scaler or change layers.
+
+    >>> fsdp_precision(Precision()) is None
+    True
+    """
+    if isinstance(plugin, MixedPrecision):
+        if plugin.precision != "bf16-mixed":
+            raise ValueError(
+                f"precision={plugin.precision!r} scales the loss, and a step with an overflow would have to be undone "
+                "on all stages; use 'bf16-mixed' or 'bf16-true'"
+            )
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if isinstance(plugin, HalfPrecision):
+        if plugin.precision != "bf16-true":
+            raise ValueError(f"precision={plugin.precision!r} overflows without a loss scaler; use 'bf16-true'")
+        return None
+    if type(plugin) in (Precision, DoublePrecision):
+        return None
+    raise ValueError(
+        f"precision plugin {type(plugin).__name__} is not supported by zeropp; use 32-true, 64-true, bf16-true or "
+        "bf16-mixed"
+    )
+
+
+def hydra_config() -> Any:
+    """The resolved configuration of a Hydra job that this process runs, without importing Hydra."""
+    module = sys.modules.get("hydra.core.hydra_config")
+    if module is None or not module.HydraConfig.initialized():
+        return None
+    omegaconf = sys.modules["omegaconf"]
+    return omegaconf.OmegaConf.to_container(module.HydraConfig.get().overrides.task)
+
+
+def join_results(results: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
+    """What ``training_step`` returned for the micro-batches, as for the whole batch.
+
+    Tensors with a row for each row of the micro-batch are joined, numbers averaged by rows; of the rest the last is
+    kept.
+
+    >>> join_results([{"y": torch.zeros(2)}, {"y": torch.ones(1)}], [2, 1])
+    {'y': tensor([0., 0., 1.])}
+    """
+    joined: dict[str, Any] = {}
+    for key, last in results[-1].items():
+        values = [result[key] for result in results]
+        if not isinstance(last, Tensor):
+            joined[key] = last
+        elif last.dim() == 0:
+            weights = torch.tensor(sizes, dtype=torch.float64, device=last.device)
+            joined[key] = ((torch.stack(values).double() * weights).sum() / weights.sum()).to(last.dtype)
+        elif all(value.dim() and value.shape[0] == size for value, size in zip(values, sizes, strict=True)):
+            joined[key] = torch.cat(values)
+        else:
+            joined[key] = last
+    return joined
