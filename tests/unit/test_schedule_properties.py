@@ -80,6 +80,9 @@ def check(settings: Settings) -> Schedule:
         computed = [(t.kind, t.stage, t.micro_batch) for t in tasks if t.kind in (F, B, W)]
         assert len(computed) == len(expected)
         assert set(computed) == expected
+        if schedule.name == "zeropp":
+            of_units = [micro_batch // schedule.unit for _, _, micro_batch in computed]
+            assert of_units == sorted(of_units), f"rank {rank}: a unit starts before the last one is done"
         gathered: set[int] = set()
         counts: Counter[tuple[Kind, int]] = Counter()
         open_units: dict[int, Counter[int]] = {stage: Counter() for stage in stages}

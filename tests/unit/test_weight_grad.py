@@ -404,9 +404,8 @@ def test_stages_with_a_store_each() -> None:
             received = sent.detach().requires_grad_()
             loss = second(received).square().sum()
         assert isinstance(first(x).grad_fn, type(sent.grad_fn)), "the outer store records again"
-    with stores[1].record():
-        loss.backward()
     with stores[0].record():
+        loss.backward()  # a Linear's gradient goes where its forward pass was recorded
         sent.backward(received.grad)
     assert [len(store) for store in stores] == [1, 1]
     stores[0].take()()
