@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule, Task
+from lightning_zeroprompt.pipeline.schedule import COMPUTE, Kind, Placement, Schedule, Task
 
 __all__ = ["add_collectives", "add_transfers", "phases"]
 
@@ -148,14 +148,20 @@ def add_transfers(schedule: Schedule) -> Schedule:
                 lists[rank].append(message[0])
                 lists[placement.rank_of(message[1].stage)].append(message[1])
 
+    def needed_next(rank: int) -> Task | None:
+        """What the rank's next task waits for."""
+        tasks = schedule.tasks[rank]
+        if position[rank] < len(tasks) and tasks[position[rank]].kind in COMPUTE:
+            return inputs_of(placement, tasks[position[rank]])
+        return None
+
+    needed = [needed_next(rank) for rank in range(schedule.ranks)]
     while True:
-        starts = []
-        for rank, tasks in enumerate(schedule.tasks):
-            if position[rank] < len(tasks):
-                task = tasks[position[rank]]
-                needed = inputs_of(placement, task) if task.kind in (*_USES_WEIGHTS, Kind.WEIGHT) else None
-                if needed is None or needed in done:
-                    starts.append((max(clock[rank], done.get(needed, 0) if needed else 0), rank))
+        starts = [
+            (max(clock[rank], done[waits_for]) if waits_for else clock[rank], rank)
+            for rank, waits_for in enumerate(needed)
+            if position[rank] < len(schedule.tasks[rank]) and (waits_for is None or waits_for in done)
+        ]
         if not starts:
             break
         begin, rank = min(starts)
@@ -163,7 +169,8 @@ def add_transfers(schedule: Schedule) -> Schedule:
         task = schedule.tasks[rank][position[rank]]
         lists[rank].append(task)
         position[rank] += 1
-        if task.kind in (*_USES_WEIGHTS, Kind.WEIGHT):
+        needed[rank] = needed_next(rank)
+        if task.kind in COMPUTE:
             clock[rank] = done[task] = begin + 1
             ending.append((begin + 1, rank, task))
     flush(max(clock, default=0))

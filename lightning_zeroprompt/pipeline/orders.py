@@ -3,8 +3,8 @@
 
 Two ways lead to an order. Schedules whose papers give a closed form are written as that form. The others come from
 *list scheduling*: ranks run in simulated time, each starting the most urgent task that it can start at once: B, else F
-while the memory cap allows, else W. Greedy list scheduling makes the published zero-bubble orders where these exist,
-keeps exact caps, and cannot deadlock: it only ever starts a task whose inputs are there.
+while the memory cap allows, else W. Greedy list scheduling keeps exact caps and cannot deadlock: it only ever starts a
+task whose inputs are there. It is only as good as the times that it assumes.
 
 Facts about the orders, with all times equal to T (``tests/unit/test_schedule.py`` checks them):
 
@@ -90,16 +90,17 @@ def one_f_one_b(placement: Placement, micro_batches: int) -> Order:
 def interleaved_1f1b(placement: Placement, micro_batches: int) -> Order:
     """Interleaved 1F1B: rounds of P micro-batches go through a rank's V stages in turn, with full backward passes.
 
-    Where P does not divide M, the closed form of Megatron-LM would wait for itself; the caps that it implies, under
-    list scheduling, give the same order elsewhere and a valid one there.
+    Where P does not divide M there are as many rounds, of more micro-batches each. Where these do not divide M either,
+    the closed form of Megatron-LM would wait for itself; the caps that it implies, under list scheduling, give a valid
+    order there.
     """
     ranks, per_rank = placement.ranks, placement.stages_per_rank
-    if micro_batches % ranks:
+    rounds = max(1, micro_batches // ranks)
+    if micro_batches % rounds:
         caps = tuple(2 * (ranks - 1 - rank) + (per_rank - 1) * ranks + 1 for rank in range(ranks))
         return list_schedule(placement, micro_batches, ranks, in_flight=caps, defer=False)
-    return _alternate(
-        placement, micro_batches, ranks, ahead=lambda rank: 2 * (ranks - 1 - rank) + (per_rank - 1) * ranks
-    )
+    size = micro_batches // rounds
+    return _alternate(placement, micro_batches, size, ahead=lambda rank: 2 * (ranks - 1 - rank) + (per_rank - 1) * size)
 
 
 def breadth_first(placement: Placement, micro_batches: int) -> Order:
@@ -108,31 +109,40 @@ def breadth_first(placement: Placement, micro_batches: int) -> Order:
     return _alternate(placement, micro_batches, micro_batches, ahead=lambda rank: every)
 
 
-def _alternate(placement: Placement, micro_batches: int, unit: int, ahead: Callable[[int], int]) -> Order:
-    """A forward and a full backward in turn, after ``ahead(rank)`` forwards."""
+def zb_h1(placement: Placement, micro_batches: int) -> Order:
+    """ZB-H1 (Qi et al. 2024): 1F1B's order with W held back by r on rank r, so that no rank holds more than P (V = 1).
+
+    Greedy list scheduling under the same caps is slower: a W that it starts in a gap delays the B behind it, and every
+    round adds to the bubble.
+    """
+    ranks = placement.ranks
+    return _alternate(
+        placement, micro_batches, micro_batches, ahead=lambda rank: ranks - 1 - rank, behind=lambda rank: rank
+    )
+
+
+def _alternate(
+    placement: Placement,
+    micro_batches: int,
+    unit: int,
+    ahead: Callable[[int], int],
+    behind: Callable[[int], int] = lambda rank: 0,
+) -> Order:
+    """A forward, a B and a W in turn, after ``ahead(rank)`` forwards; the W is that of ``behind(rank)`` B ago."""
     order: Order = []
     for rank in range(placement.ranks):
         stages = placement.stages_of(rank)
         forwards = _forwards(stages, micro_batches, unit)
         warm = min(ahead(rank), len(forwards))
         tasks = forwards[:warm]
+        waiting: deque[Task] = deque()
         for k, backward in enumerate(_backwards(stages, micro_batches, unit)):
-            tasks += [*forwards[warm + k : warm + k + 1], backward, _weight(backward)]
-        order.append(tasks)
+            tasks += [*forwards[warm + k : warm + k + 1], backward]
+            waiting.append(_weight(backward))
+            if k >= behind(rank):
+                tasks.append(waiting.popleft())
+        order.append([*tasks, *waiting])
     return order
-
-
-def zb_h1(placement: Placement, micro_batches: int) -> Order:
-    """ZB-H1 (Qi et al. 2024): 1F1B's order and peak memory with W moved into the bubbles (V = 1)."""
-    ranks = placement.ranks
-    return list_schedule(
-        placement,
-        micro_batches,
-        micro_batches,
-        in_flight=tuple(ranks - rank for rank in range(ranks)),
-        held=(float(ranks),) * ranks,
-        held_after_backward=1.0,
-    )
 
 
 def zbv(placement: Placement, micro_batches: int) -> Order:

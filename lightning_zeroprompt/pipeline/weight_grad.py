@@ -12,8 +12,9 @@ with deferred Linears on the same schedules), and fails on tied weights, views, 
 A ``TorchFunctionMode`` would catch calls of ``F.linear`` too, at the cost of a Python call for every operation of the
 model.
 
-What it costs: a Linear's input and the gradient of its output live until W ran. What is no plain ``nn.Linear``, a
-Linear under autocast among it, makes its gradients in B: right, with less left to move.
+What it costs: a Linear's input and the gradient of its output live until W ran. What is no plain ``nn.Linear`` makes
+its gradients in B: right, with less left to move. So does a Linear under autocast, of complex numbers, or whose weight
+is computed from other parameters (weight or spectral norm, pruning). Gradients of gradients are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 __all__ = ["DeferredLinear", "GradBuffer", "WeightGradStore", "defer_linears", "restore_linears"]
@@ -142,6 +144,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad_output,) = grad_outputs
         (x,) = ctx.saved_tensors
@@ -162,11 +165,24 @@ class DeferredLinear(nn.Linear):
             ``(..., out_features)``.
         """
         store = WeightGradStore._recording
-        trains = any(parameter.requires_grad for parameter in self.parameters(recurse=False))
-        if store is None or not trains or not torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type):
+        if store is None or not self._defers(input.device.type):
             return super().forward(input)
-        output: Tensor = _Linear.apply(input, self.weight, self.bias, store)  # type: ignore[no-untyped-call]
-        return output
+        # The Function sees a matrix: of more dimensions, the result of F.linear is a view made inside a Function, and
+        # autograd refuses to have such a view changed in place, as nn.ReLU(inplace=True) does.
+        rows = input.flatten(0, -2) if input.dim() > 2 else input
+        output: Tensor = _Linear.apply(rows, self.weight, self.bias, store)  # type: ignore[no-untyped-call]
+        return output.view(*input.shape[:-1], self.out_features) if input.dim() > 2 else output
+
+    def _defers(self, device_type: str) -> bool:
+        own: tuple[Tensor | None, ...] = (self.weight, self.bias)
+        return (
+            torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(device_type)
+            and not self.weight.is_complex()
+            # What is no leaf is computed from parameters: its gradient has further to go.
+            and all(tensor is None or tensor.is_leaf for tensor in own)
+            and any(tensor is not None and tensor.requires_grad for tensor in own)
+        )
 
 
 def defer_linears(module: nn.Module) -> int:
