@@ -17,6 +17,7 @@ from lightning_zeroprompt.data.task import TaskError
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
+CONSTANT = ("family", "category", "language", "tier", "benchmark", "source", "licence")
 DATA = Path(os.environ.get("ZEROPROMPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
 
@@ -123,7 +124,6 @@ def test_instructions_become_templates(folder):
         ([row("t", i, options=["a", "b"] if i % 2 else ["b", "a"], outputs=["a"]) for i in range(4)], True),
         ([row("t", i, options=["a", "b"], outputs=["a"], input="x\nOptions: a, b") for i in range(4)], False),
         ([row("t", i, options=["a", f"b{i}"], outputs=["a"]) for i in range(4)], False),
-        ([row("t", i, options=["a", "b"] if i else None, outputs=["a"]) for i in range(4)], False),
         ([row("t", i, options=[f"o{k}" for k in range(50)], outputs=["o1"]) for i in range(4)], False),
         ([row("t", i) for i in range(4)], False),
     ],
@@ -205,6 +205,8 @@ def test_bad_content(tmp_path):
         listed([row("t", tier="huge")])
     with pytest.raises(TaskError, match=r"'t', example 1 .* null text"):
         list(listed([row("t"), row("t", input=None)])[0].examples())
+    with pytest.raises(TaskError, match=r"'t', example 0 .* null text"):
+        list(listed([row("t", input=None, options=["a", "b"]), row("t", input=None, options=["a", "b"])])[0].examples())
     (tmp_path / "d" / "train.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(TaskError, match="could not be read as parquet"):
         parquet_tasks(tmp_path / "d", splits=("train",))
@@ -212,6 +214,24 @@ def test_bad_content(tmp_path):
     (tmp_path / "d" / "tasks.jsonl").write_text('{"task": "t"}\n')
     with pytest.raises(TaskError, match=r"tasks\.jsonl, line 1: KeyError"):
         parquet_tasks(tmp_path / "d", splits=("train",))
+
+
+@pytest.mark.parametrize("size", [1, 100])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({name: "other"}, f"{name} is {row('t')[name]!r} in some .* and 'other' in others") for name in CONSTANT),
+        ({"licence": None}, "licence is 'MIT' in some .* and None in others"),
+        ({"options": ["a", "b"]}, "options is None in some .* and 'given' in others"),
+    ],
+)
+def test_two_tasks_of_one_id_are_refused(tmp_path, changes, message, size):
+    rows = [row("t"), row("u", category="x"), row("t", 1), row("t", 2, **changes)]
+    write(tmp_path / "d", "train", rows, row_group_size=size)
+    with pytest.raises(TaskError, match=rf"train\.parquet: two tasks have the id 't': {message}"):
+        parquet_tasks(tmp_path / "d", splits=("train",), num_tasks=None)
+    write(tmp_path / "d", "train", [row("t"), row("t", instruction="Other words.")], row_group_size=size)
+    assert len(parquet_tasks(tmp_path / "d", splits=("train",), num_tasks=None)) == 1
 
 
 def test_bytes_that_are_not_utf8_are_refused(tmp_path):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks from a folder of parquet files, one row an example.
 
-Every row names its task and carries the task's attributes (columns in :data:`COLUMNS`); ``tasks.jsonl`` beside the
-files may list more instructions a task. Files whose name begins with ``train`` train, all others are held out. Tasks
-are chosen by tier (core before extra), inside a tier in one seeded order of which every prefix holds its share of each
-category, so choices of different sizes are nested.
+Every row names its task and carries the task's attributes (columns in :data:`COLUMNS`), the same in all rows of the
+task but for the instruction; ``tasks.jsonl`` beside the files may list more instructions a task. Files whose name
+begins with ``train`` train, all others are held out. Tasks are chosen by tier (core before extra), inside a tier in one
+seeded order of which every prefix holds its share of each category, so choices of different sizes are nested.
 
 Listing reads each file once, row group by row group, and keeps only where each task's rows lie; compiling reads each
 row group once more, as long as a task's rows lie together. 759,000 rows in five files take about 3 s to list.
@@ -17,7 +17,7 @@ import functools
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ MAX_LISTED_OPTIONS = 32
 
 _TIERS = {"core": 0, "extra": 1}
 _ATTRIBUTES = [name for name, kind in COLUMNS.items() if kind == "string" and name not in ("task", "input")]
+# One task may have several instructions; in everything else its rows agree.
+_CONSTANT = [name for name in _ATTRIBUTES if name != "instruction"]
 _SAMPLE = 512
 
 
@@ -60,6 +62,7 @@ class _Found:
     lengths: list[float] = dataclasses.field(default_factory=list)
     labels: set[frozenset[str]] = dataclasses.field(default_factory=set)
     has_free: bool = False
+    has_choice: bool = False
     num_rows: int = 0
     num_listing: int = 0
 
@@ -130,7 +133,22 @@ class _File:
                     found[name] = _Found(first=rows.select(_ATTRIBUTES).slice(0, 1).to_pylist()[0], file=self)
                 found[name].pieces.append((group, start, end))
                 _learn(found[name], rows)
+            self._refuse_merged(found, table)
         return found
+
+    def _refuse_merged(self, found: Mapping[str, _Found], table: Any) -> None:
+        """Rows of one id that describe different tasks."""
+        for record in table.group_by(["task", *_CONSTANT]).aggregate([]).to_pylist():
+            name, first = record["task"], found[record["task"]]
+            values = [(key, first.first[key], record[key]) for key in _CONSTANT if first.first[key] != record[key]]
+            if first.has_free and first.has_choice:
+                values.append(("options", None, "given"))
+            if values:
+                key, one, other = values[0]
+                raise TaskError(
+                    f"{self.path}: two tasks have the id {name!r}: {key} is {one!r} in some of its rows and {other!r} "
+                    "in others; give each task an id of its own"
+                )
 
     def examples(self, task: str, pieces: Sequence[tuple[int, int, int]]) -> Iterator[Example]:
         """Examples of one task."""
@@ -152,8 +170,9 @@ def _learn(found: _Found, rows: Any) -> None:
 
     found.num_rows += rows.num_rows
     found.has_free |= rows["options"].null_count > 0
+    found.has_choice |= rows["options"].null_count < rows.num_rows
     if not found.has_free:
-        found.num_listing += int(pc.sum(pc.match_substring(rows["input"], "Options:")).as_py())
+        found.num_listing += pc.sum(pc.match_substring(rows["input"], "Options:"), min_count=0).as_py()
         # A third distinct set adds nothing to "not closed".
         for options in rows["options"].to_pylist():
             found.labels.add(frozenset(options))
