@@ -176,6 +176,61 @@ def test_bad_mappings_are_explained(tmp_path, changes, message):
         [list(task.examples()) for task in hub_tasks(reviews(tmp_path, **changes))]
 
 
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        ("load: json", "load"),
+        ("load: {path: 3}", "load.path"),
+        ("load: {path: json, data_files: {train: 3}}", "load.data_files"),
+        ("load: {path: json, data_files: {train: x}}\nper_file: true", "load.data_files"),
+        ("load: {path: json, name: {a: b}}", "load.name"),
+        ("load: {path: json, revision: 2020-01-01}", "load"),
+        ("input: [3]", "input"),
+        ("input: []", "input"),
+        ("input: {text: value}", "input"),
+        ("output: [label]", "output"),
+        ("options: [good, bad]", "options"),
+        ("options: {value: good}", "options"),
+        ("options: {value: [yes, no]}", "options"),
+        ("instructions: [Good]", "instructions"),
+        ("instructions: {value: 3}", "instructions"),
+        ("instructions: {value: [{text: Good}]}", "instructions"),
+        ("templates: {name: a, text: b}", "templates"),
+        ("templates: [text]", "templates"),
+        ("templates: [{name: a, text: [b]}]", "templates"),
+        ("templates: [{name: a, text: b, verbalizer: yes}]", "templates"),
+        ("templates: [{name: a, text: b, 3: c}]", "templates"),
+        ("fields: text", "fields"),
+        ("fields: [text]", "fields"),
+        ("where: kind", "where"),
+        ("instances: [a]", "instances"),
+        ("task_id: [kind]", "task_id"),
+        ("category: 3", "category"),
+        ("category: {value: {a: b}}", "category"),
+        ("per_file: 'no'", "per_file"),
+        ("strip: 1", "strip"),
+        ("role: test", "role"),
+        ("metric: bleu", "metric"),
+        ("3: x", "unknown entry 3"),
+    ],
+)
+def test_entries_of_a_wrong_type_are_named_with_their_file(tmp_path, entry, key):
+    lines = {"load": "load: {path: json, data_files: x.jsonl}", "input": "input: text", "output": "output: label"}
+    lines[entry.split(":")[0]] = entry
+    (tmp_path / "mapping.yaml").write_text("\n".join(lines.values()))
+    with pytest.raises(TaskError, match=rf"mapping\.yaml.*\b{key}\b"):
+        hub_tasks(tmp_path / "mapping.yaml")
+
+
+@pytest.mark.parametrize("key", ["options", "instructions", "instances"])
+def test_columns_of_a_wrong_type_are_named(tmp_path, key):
+    wrong = {"a": 1} if key == "instructions" else "no list"
+    file = json_lines(tmp_path / "x.jsonl", [{"text": "x", "label": "good", "wrong": wrong}])
+    mapping = {"load": {"path": "json", "data_files": str(file)}, "input": "text", "output": "label", key: "wrong"}
+    with pytest.raises(TaskError, match=f"'{key}' names a column that holds .*, which is not a list"):
+        [list(task.examples()) for task in hub_tasks(mapping)]
+
+
 def test_bad_files_are_explained(tmp_path):
     with pytest.raises(TaskError, match="there is no mapping"):
         read_mapping(tmp_path / "x.yaml")

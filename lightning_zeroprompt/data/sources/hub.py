@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import glob
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,96 @@ KEYS: dict[str, str] = {
 _TEXTS = ("category", "family", "language", "licence", "domain", "benchmark", "source")
 
 
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str)
+
+
+def _is_texts(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, list) and all(map(_is_text, given)))
+
+
+def _is_words(given: Any) -> bool:
+    # YAML reads yes, no, on and off as truth values, and no prompt means to offer True and False for them.
+    return isinstance(given, list) and all(isinstance(w, str | int) and not isinstance(w, bool) for w in given)
+
+
+def _is_scalar(given: Any) -> bool:
+    return isinstance(given, str | int | float)
+
+
+def _is_column(given: Any, fits: Callable[[Any], bool] = lambda _: True) -> bool:
+    """A column's name, or ``{value: ...}`` with a constant that fits."""
+    return isinstance(given, str) or (isinstance(given, Mapping) and set(given) == {"value"} and fits(given["value"]))
+
+
+def _is_named(given: Any, fits: Callable[[Any], bool] = lambda _: True) -> bool:
+    return isinstance(given, Mapping) and all(isinstance(name, str) and fits(value) for name, value in given.items())
+
+
+def _is_template(given: Any) -> bool:
+    known = {field.name for field in dataclasses.fields(PromptTemplate)}
+    if not isinstance(given, Mapping) or not {"name", "text"} <= set(given) <= known:
+        return False
+    return all(_is_words(value) if name == "verbalizer" else _is_text(value) for name, value in given.items())
+
+
+_COLUMN = "a column name or {value: ...}"
+_BOOL = ("true or false", lambda given: isinstance(given, bool))
+_SCALAR = (f"{_COLUMN} with a text", functools.partial(_is_column, fits=_is_scalar))
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "load.path": ("a text", _is_text),
+    "load.split": ("a text", _is_text),
+    "load.name": ("a text or a list of texts", _is_texts),
+    "load.data_files": (
+        "a file, a list of files or a mapping of splits to files",
+        lambda given: _is_texts(given) or _is_named(given, _is_texts),
+    ),
+    "per_file": _BOOL,
+    "where": ("a mapping of columns to values", _is_named),
+    "task_id": _SCALAR,
+    **dict.fromkeys(_TEXTS, _SCALAR),
+    "instructions": (
+        f"{_COLUMN} with a text or a list of texts",
+        functools.partial(_is_column, fits=_is_texts),
+    ),
+    "templates": (
+        "a list of templates; each needs name and text, and may have role, option_separator, instruction (all texts) "
+        "and verbalizer (a list of words)",
+        lambda given: isinstance(given, list) and all(map(_is_template, given)),
+    ),
+    "instances": ("a column name", _is_text),
+    "input": (
+        f"{_COLUMN}, or a list of them",
+        lambda given: all(map(_is_column, given)) if isinstance(given, list) and given else _is_column(given),
+    ),
+    "output": (_COLUMN, _is_column),
+    "options": (
+        f"{_COLUMN} with a list of words (yes, no, on and off in quotes)",
+        functools.partial(_is_column, fits=_is_words),
+    ),
+    "fields": ("a mapping of field names to columns", functools.partial(_is_named, fits=_is_column)),
+    "strip": _BOOL,
+    "role": ("train or heldout", lambda given: given in ("train", "heldout")),
+    "metric": ("exact_match or rouge_l", lambda given: given in ("exact_match", "rouge_l")),
+}
+"""What an entry must be, in words and as a test."""
+
+
+def _check_types(where: str, mapping: Mapping[str, Any]) -> None:
+    entries = {**mapping, **{f"load.{key}": value for key, value in mapping["load"].items()}}
+    for key, (expected, fits) in _TYPES.items():
+        if key in entries and not fits(entries[key]):
+            raise TaskError(f"{where}: entry {key!r} must be {expected}, not {entries[key]!r}")
+    if mapping.get("per_file") and not _is_texts(entries.get("load.data_files", "")):
+        raise TaskError(f"{where}: with per_file, entry 'load.data_files' must be a file or a list of files")
+    try:
+        json.dumps(mapping["load"], sort_keys=True)
+    except TypeError as error:
+        raise TaskError(
+            f"{where}: entry 'load' has a value that is no text, number or list ({error}); quote it"
+        ) from None
+
+
 def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read and check a mapping; data files that are not found from here are looked for beside the YAML file.
 
@@ -71,7 +161,7 @@ def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any
         load: Replaces entries of the mapping's ``load``; None removes an entry.
 
     Raises:
-        TaskError: The file is missing or not YAML, an entry is unknown, or a needed one is missing.
+        TaskError: The file is missing or not YAML, an entry is unknown or of a wrong type, or a needed one is missing.
     """
     import yaml
 
@@ -89,7 +179,8 @@ def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any
             raise TaskError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, Mapping):
         raise TaskError(f"{where} must be a mapping with the entries {', '.join(KEYS)}")
-    unknown = sorted(set(content) - set(KEYS))
+    content = {key: value for key, value in content.items() if value is not None}
+    unknown = sorted(map(str, set(content) - set(KEYS)))
     if unknown:
         raise TaskError(f"{where} has the unknown entry {', '.join(unknown)}; known: {', '.join(KEYS)}")
     missing = [key for key in ("load", "input", "output") if key not in content]
@@ -100,6 +191,7 @@ def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any
     checked = dict(content)
     merged = {**checked["load"], **(load or {})}
     checked["load"] = {key: value for key, value in merged.items() if value is not None}
+    _check_types(where, checked)
     files = checked["load"].get("data_files")
     if folder is not None and isinstance(files, str | list):
         names = [files] if isinstance(files, str) else files
@@ -148,8 +240,6 @@ def _load(arguments: str) -> Any:
 def _value(row: Mapping[str, Any], spec: Any, what: str) -> Any:
     """A constant, or the content of a column; dots go into nested columns."""
     if isinstance(spec, Mapping):
-        if set(spec) != {"value"}:
-            raise TaskError(f"mapping entry {what!r} must be a column name or {{value: ...}}, not {dict(spec)!r}")
         return spec["value"]
     content: Any = row
     for part in str(spec).split("."):
@@ -171,6 +261,14 @@ def _text(content: Any, what: str) -> str:
     raise TaskError(f"mapping entry {what!r} gives a {type(content).__name__}, not a text; map one of its columns")
 
 
+def _list(content: Any, what: str) -> list[Any]:
+    if not isinstance(content, list):
+        raise TaskError(
+            f"mapping entry {what!r} names a column that holds {content!r}, which is not a list; map another"
+        )
+    return content
+
+
 def _rows(mapping: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     if "instances" not in mapping:
         yield row
@@ -179,7 +277,7 @@ def _rows(mapping: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Mappin
     if isinstance(nested, Mapping):
         # Older versions of datasets turn a list of records into a record of lists.
         nested = [dict(zip(nested, values, strict=True)) for values in zip(*nested.values(), strict=True)]
-    yield from nested
+    yield from _list(nested, "instances")
 
 
 def _example(mapping: Mapping[str, Any], row: Mapping[str, Any], names: Sequence[str] | None) -> Example:
@@ -187,9 +285,9 @@ def _example(mapping: Mapping[str, Any], row: Mapping[str, Any], names: Sequence
     columns = mapping["input"] if isinstance(mapping["input"], list) else [mapping["input"]]
     text = "\n".join(_text(_value(row, column, "input"), "input") for column in columns)
     options: list[str] | None = None
-    if mapping.get("options") is not None:
+    if "options" in mapping:
         given = _value(row, mapping["options"], "options")
-        options = None if given is None else [str(option) for option in given]
+        options = None if given is None else [str(option) for option in _list(given, "options")]
     elif names is not None:
         options = list(names)
     output = _value(row, mapping["output"], "output")
@@ -224,18 +322,13 @@ def _examples(mapping: Mapping[str, Any], arguments: str, rows: Sequence[int]) -
 
 def _templates(mapping: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[PromptTemplate, ...]:
     templates = []
-    if mapping.get("instructions") is not None:
+    if "instructions" in mapping:
         given = _value(row, mapping["instructions"], "instructions")
-        texts = [given] if isinstance(given, str) else list(given or ())
+        texts = [given] if isinstance(given, str) else _list(given or [], "instructions")
         templates = [PromptTemplate.from_instruction(str(t), name=f"instruction-{i}") for i, t in enumerate(texts)]
-    known = {field.name for field in dataclasses.fields(PromptTemplate)}
     for entry in mapping.get("templates", ()):
-        if not {"name", "text"} <= set(entry) <= known:
-            raise TaskError(
-                f"a template of the mapping has the entries {sorted(entry)}; it needs name and text, of {sorted(known)}"
-            )
-        words = entry.get("verbalizer")
-        templates.append(PromptTemplate(**{**entry, "verbalizer": None if words is None else tuple(words)}))
+        words = {"verbalizer": tuple(map(str, entry["verbalizer"]))} if "verbalizer" in entry else {}
+        templates.append(PromptTemplate(**{**entry, **words}))
     return tuple(templates) or (PromptTemplate(name="input", text="{input}"),)
 
 
