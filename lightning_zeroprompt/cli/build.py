@@ -6,10 +6,11 @@ or by LightningCLI.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
 from lightning_zeroprompt.data.datamodule import EvaluationFactory, TaskDataModule
 from lightning_zeroprompt.data.evaluation import EvaluationDataset, EvaluationSettings, plan_evaluation, split_tasks
@@ -32,6 +34,7 @@ __all__ = [
     "build_datamodule",
     "build_module",
     "build_trainer",
+    "check_keys",
     "check_run",
     "evaluation_factory",
     "evaluation_settings",
@@ -41,6 +44,12 @@ __all__ = [
     "quieten",
 ]
 
+_DATA = {
+    *("source", "path", "compiled", "num_tasks", "num_source_tasks", "holdout_categories", "options", "tokenizer"),
+    *("vocab_size", "compile", "encoder_length", "decoder_length", "rows_per_batch", "num_workers"),
+}
+_EVAL = {"fit_examples_per_task", "shuffled", "max_tokens"}
+
 
 def quieten() -> None:
     """Hide notices of libraries that a user of this program can do nothing about."""
@@ -48,6 +57,45 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def check_keys(config: DictConfig) -> None:
+    """Refuse keys that nothing reads, which Hydra's ``+`` lets through: misspelt ones would change nothing, silently.
+
+    Args:
+        config: A composed or resolved configuration of training or evaluation.
+
+    Raises:
+        ValueError: An unknown key, with the known ones, or a value where a group belongs.
+    """
+    targets = [name for name in ("optimizer", "trainer", "logger") if config.get(name)]
+    targets += [f"callbacks.{name}" for name in config.get("callbacks") or {}]
+    known: dict[str, set[str] | None] = {
+        "data": _DATA,
+        "data.compile": _parameters(compile_tasks) - {"tasks", "folder", "tokenizer", "source", "existing"},
+        "eval": (_parameters(EvaluationSettings) | _EVAL) - {"shuffle_instructions"},
+        "mixture": _parameters(MixtureSettings),
+        "model": {"size", "dropout", "overrides", "compile", "soft_prompt"},
+        "model.soft_prompt": _parameters(SoftPromptSettings),
+        "paths": {"runs_dir", "compiled_dir", "output_dir"},
+        "strategy": {"strategy"},
+        **dict.fromkeys(targets),
+    }
+    for name, keys in known.items():
+        node = OmegaConf.select(config, name)
+        if not OmegaConf.is_dict(node) or (keys is None and "_target_" not in node):
+            raise ValueError(f"{name} is {node!r}; it must be a mapping" + (" with a _target_" if keys is None else ""))
+        if keys is None:
+            keys = _parameters(hydra.utils.get_object(node["_target_"]))
+        unknown = sorted(str(key) for key in node if key not in keys and not str(key).startswith("_"))
+        if unknown and "**" not in keys:
+            raise ValueError(f"{name}.{unknown[0]} is unknown; {name} has: {', '.join(sorted(keys))}")
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """Names of its parameters; ``**`` where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
 
 
 def open_corpus(config: DictConfig) -> Corpus:

@@ -23,6 +23,7 @@ from lightning_zeroprompt.cli.build import (
     build_datamodule,
     build_module,
     build_trainer,
+    check_keys,
     check_run,
     evaluation_factory,
     open_corpus,
@@ -50,6 +51,7 @@ def train(config: DictConfig) -> None:
         config: A composed configuration of ``conf/train.yaml``; interpolations need not be resolved.
     """
     quieten()
+    check_keys(config)
     folder = Path(config.paths.output_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     corpus = open_corpus(config)
