@@ -245,6 +245,22 @@ def test_bad_files_are_explained(tmp_path):
         hub_tasks(reviews(tmp_path, load={"path": "json", "data_files": str(tmp_path / "broken.jsonl")}))
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"), [("csv", "text,label\nplain,a\ncaf\xe9,b\n"), ("json", '{"text": "caf\xe9", "label": "b"}\n')]
+)
+def test_files_that_are_not_utf8_are_named(tmp_path, kind, text):
+    (tmp_path / f"good.{kind}").write_text(text, encoding="utf-8")
+    (tmp_path / f"bad.{kind}").write_text(text, encoding="latin-1")
+    load = {"path": kind, "data_files": [str(tmp_path / f"{name}.{kind}") for name in ("good", "bad")]}
+    mapping = {"load": load, "input": "text", "output": "label"}
+    message = rf"^\S*bad\.{kind} is not utf-8 \(.*, byte 0xe9\); convert it to UTF-8, or name its own encoding"
+    with pytest.raises(TaskError, match=message):
+        [list(task.examples()) for task in hub_tasks(mapping)]
+    mapping["load"] = {"path": kind, "data_files": load["data_files"][1], "encoding": "latin-1"}
+    (task,) = hub_tasks(mapping)
+    assert [example.input for example in task.examples()][-1] == "caf\xe9"
+
+
 def test_importing_the_module_imports_no_datasets():
     code = "import sys, lightning_zeroprompt.data.sources.hub; assert 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

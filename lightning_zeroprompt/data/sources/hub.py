@@ -200,17 +200,38 @@ def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any
     return checked
 
 
+def _local(load: Mapping[str, Any]) -> list[Path]:
+    found = load.get("data_files") or []
+    flat = found.values() if isinstance(found, Mapping) else [found]
+    patterns = [pattern for entry in flat for pattern in ([entry] if isinstance(entry, str) else entry)]
+    return [Path(file) for file in sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True))]
+
+
 def local_files(mapping: str | Path, load: Mapping[str, Any] | None = None) -> list[tuple[str, Path]]:
     """The mapping file and the local data files it names, each with a name that does not depend on its folder.
 
     Raises:
         TaskError: The mapping cannot be used.
     """
-    found = read_mapping(mapping, load)["load"].get("data_files") or []
-    flat = found.values() if isinstance(found, Mapping) else [found]
-    patterns = [pattern for entry in flat for pattern in ([entry] if isinstance(entry, str) else entry)]
-    files = sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True))
-    return [("mapping", Path(mapping)), *((Path(file).name, Path(file)) for file in files)]
+    files = _local(read_mapping(mapping, load)["load"])
+    return [("mapping", Path(mapping)), *((file.name, file) for file in files)]
+
+
+def _other_encoding(load: Mapping[str, Any], error: UnicodeDecodeError) -> TaskError:
+    """What to say of data that is not in the encoding it was read with, naming the files."""
+    encoding = load.get("encoding", "utf-8")
+    refused = []
+    for file in _local(load):
+        try:
+            with file.open(encoding=encoding) as stream:
+                collections.deque(stream, maxlen=0)
+        except UnicodeError:
+            refused.append(str(file))
+    found = f"{error.reason}, byte {error.object[error.start]:#x}"
+    return TaskError(
+        f"{', '.join(refused) or load['path']} is not {encoding} ({found}); convert it to UTF-8, "
+        "or name its own encoding in the mapping, such as load: {encoding: latin-1}"
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -224,6 +245,9 @@ def _load(arguments: str) -> Any:
         dataset = datasets.load_dataset(**{"split": "train", **kwargs})
     except Exception as error:
         # load_dataset raises as many kinds as there are builders; all mean that this mapping loads nothing.
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if isinstance(error, UnicodeDecodeError):
+            raise _other_encoding(kwargs, error) from None
         raise TaskError(
             f"datasets.load_dataset({', '.join(f'{k}={v!r}' for k, v in kwargs.items())}) failed: "
             f"{type(error).__name__}: "
@@ -311,11 +335,19 @@ def _label_names(dataset: Any, mapping: Mapping[str, Any]) -> list[str] | None:
     return [str(name) for name in names] if names else None
 
 
+def _iterate(dataset: Any, arguments: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from dataset
+    except UnicodeDecodeError as error:
+        # JSON is stored as it stands; only its first use decodes it.
+        raise _other_encoding(json.loads(arguments), error) from None
+
+
 def _examples(mapping: Mapping[str, Any], arguments: str, rows: Sequence[int]) -> Iterator[Example]:
     dataset = _load(arguments)
     names = _label_names(dataset, mapping)
     for start in range(0, len(rows), 1000):
-        for row in dataset.select(rows[start : start + 1000]):
+        for row in _iterate(dataset.select(rows[start : start + 1000]), arguments):
             for instance in _rows(mapping, row):
                 yield _example(mapping, instance, names)
 
@@ -380,7 +412,7 @@ def hub_tasks(mapping: str | Path | Mapping[str, Any], *, load: Mapping[str, Any
         rows: dict[str, list[int]] = collections.defaultdict(list)
         firsts: dict[str, Mapping[str, Any]] = {}
         # Without columns to look at, every row looks alike and iterating would cost for nothing.
-        described = enumerate(light) if needed else ((index, {}) for index in range(len(dataset)))
+        described = enumerate(_iterate(light, arguments)) if needed else ((index, {}) for index in range(len(dataset)))
         for index, row in described:
             if any(_value(row, column, "where") != wanted for column, wanted in mapping.get("where", {}).items()):
                 continue
