@@ -153,6 +153,8 @@ def _mixture(args: argparse.Namespace) -> None:
 
     from lightning_zeroprompt.data.mixture import Mixture, MixtureSettings, select_tasks
 
+    if args.draws < 1:
+        raise ValueError(f"--draws is {args.draws}; give the number of draws to count, 1 or more")
     corpus = Corpus.open(args.folder)
     chosen = select_tasks(corpus.tasks, args.num_tasks, args.seed)
     settings = MixtureSettings(

@@ -86,6 +86,8 @@ def test_mixture(folder, capsys):
     main(["mixture", str(folder), "--max-per-class", "all", "--temperature", "2", "--draws", "512"])
     capsys.readouterr()
     assert "max_per_task is 0" in fails(capsys, "mixture", folder, "--max-per-task", 0)
+    for draws in (-3, 0):
+        assert f"--draws is {draws}" in fails(capsys, "mixture", folder, "--draws", draws)
     assert "asked for 31 training tasks" in fails(capsys, "mixture", folder, "--num-tasks", 31)
 
 

@@ -211,9 +211,17 @@ def test_bad_content(tmp_path):
     with pytest.raises(TaskError, match="could not be read as parquet"):
         parquet_tasks(tmp_path / "d", splits=("train",))
     listed([row("t")])
-    (tmp_path / "d" / "tasks.jsonl").write_text('{"task": "t"}\n')
-    with pytest.raises(TaskError, match=r"tasks\.jsonl, line 1: KeyError"):
-        parquet_tasks(tmp_path / "d", splits=("train",))
+    for lines, message in (
+        (['{"task": "t"}'], "line 1: KeyError"),
+        (["[1]"], "line 1: TypeError"),
+        (['{"task": "t", "instructions": "Do it."}'], "line 1: task 't' has the instructions 'Do it.'; every line"),
+        (['{"task": "t", "instructions": [1]}'], "line 1: task 't' has the instructions"),
+        (['{"task": 3, "instructions": []}'], "line 1: task 3 has"),
+        (['{"task": "t", "instructions": ["a"]}'] * 2, "line 2: task 't' stands on an earlier line too"),
+    ):
+        (tmp_path / "d" / "tasks.jsonl").write_text("\n".join(lines))
+        with pytest.raises(TaskError, match=rf"tasks\.jsonl, {message}"):
+            parquet_tasks(tmp_path / "d", splits=("train",))
 
 
 @pytest.mark.parametrize("size", [1, 100])

@@ -29,9 +29,9 @@ import glob
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lightning_zeroprompt.data.task import Example, PromptTemplate, Task, TaskError
+from lightning_zeroprompt.data.task import Example, Metric, PromptTemplate, Role, Task, TaskError
 
 __all__ = ["KEYS", "hub_tasks", "local_files", "read_mapping"]
 
@@ -132,8 +132,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "fields": ("a mapping of field names to columns", functools.partial(_is_named, fits=_is_column)),
     "strip": _BOOL,
-    "role": ("train or heldout", lambda given: given in ("train", "heldout")),
-    "metric": ("exact_match or rouge_l", lambda given: given in ("exact_match", "rouge_l")),
+    "role": ("train or heldout", lambda given: given in get_args(Role)),
+    "metric": ("exact_match or rouge_l", lambda given: given in get_args(Metric)),
 }
 """What an entry must be, in words and as a test."""
 

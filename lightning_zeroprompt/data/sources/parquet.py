@@ -19,11 +19,11 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from lightning_zeroprompt.data.task import Example, PromptTemplate, Task, TaskError
+from lightning_zeroprompt.data.task import Example, PromptTemplate, Role, Task, TaskError
 
 __all__ = ["COLUMNS", "MAX_LISTED_OPTIONS", "parquet_files", "parquet_tasks", "selection_summary"]
 
@@ -214,7 +214,7 @@ def parquet_files(
 
 
 def _instructions(path: Path) -> dict[str, list[str]]:
-    instructions = {}
+    instructions: dict[str, list[str]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -222,18 +222,21 @@ def _instructions(path: Path) -> dict[str, list[str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        expected = "every line is an object with 'task', a text, and 'instructions', a list of texts"
         try:
             record = json.loads(line)
-            instructions[str(record["task"])] = [str(text) for text in record["instructions"]]
+            name, texts = record["task"], record["instructions"]
         except (ValueError, KeyError, TypeError) as error:
-            raise TaskError(
-                f"{path}, line {number}: {type(error).__name__} {error}; every line is an object with 'task' and "
-                f"'instructions'"
-            ) from None
+            raise TaskError(f"{path}, line {number}: {type(error).__name__} {error}; {expected}") from None
+        if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise TaskError(f"{path}, line {number}: task {name!r} has the instructions {texts!r}; {expected}")
+        if name in instructions:
+            raise TaskError(f"{path}, line {number}: task {name!r} stands on an earlier line too; keep one of them")
+        instructions[name] = texts
     return instructions
 
 
-def _task(name: str, found: _Found, role: Literal["train", "heldout"], instructions: Sequence[str]) -> Task:
+def _task(name: str, found: _Found, role: Role, instructions: Sequence[str]) -> Task:
     first = {key: value or "" for key, value in found.first.items()}
     texts = list(dict.fromkeys(text.strip() for text in instructions if text.strip())) or [first["instruction"]]
     closed = not found.has_free and len(found.labels) == 1
@@ -322,7 +325,7 @@ def parquet_tasks(
     for file in files:
         if file.suffix != ".parquet":
             continue
-        role: Literal["train", "heldout"] = "train" if file.stem.startswith("train") else "heldout"
+        role: Role = "train" if file.stem.startswith("train") else "heldout"
         try:
             found = _File(file, latest).index()
         except UnicodeDecodeError as error:
