@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_zeroprompt.data.sources.parquet import COLUMNS, parquet_files, parquet_tasks, selection_summary
+from lightning_zeroprompt.data.describe import task_counts
+from lightning_zeroprompt.data.sources.parquet import COLUMNS, parquet_files, parquet_tasks
 from lightning_zeroprompt.data.task import TaskError
 
 pa = pytest.importorskip("pyarrow")
@@ -92,8 +93,8 @@ def test_choices_are_core_first_stratified_and_nested(folder):
     beyond = collections.Counter(int(name[5:]) % 2 for name in picks[12] if name.startswith("extra"))
     assert set(beyond.values()) == {2}
     assert len({frozenset(chosen(4, seed)) for seed in range(6)}) > 1
-    tasks = parquet_tasks(folder, num_tasks=12)
-    assert selection_summary(tasks) == {"core_tasks": 9, "extra_tasks": 3, "core_families": 9, "new_families": 1}
+    expected = "12 training tasks (10 families), 3 of them beyond the core with 1 new families, 1 held out"
+    assert task_counts(parquet_tasks(folder, num_tasks=12)) == expected
 
 
 def test_every_prefix_holds_its_share_of_unequal_categories(tmp_path):

@@ -11,7 +11,6 @@ row group once more, as long as a task's rows lie together. 759,000 rows in five
 ``pyarrow`` is imported when a function is called.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -23,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from lightning_zeroprompt.data.mixture import stratified_order
 from lightning_zeroprompt.data.task import Example, PromptTemplate, Role, Task, TaskError
 
-__all__ = ["COLUMNS", "MAX_LISTED_OPTIONS", "parquet_files", "parquet_tasks", "selection_summary"]
+__all__ = ["COLUMNS", "MAX_LISTED_OPTIONS", "parquet_files", "parquet_tasks"]
 
 COLUMNS = {
     "task": "string",
@@ -270,20 +270,6 @@ def _task(name: str, found: _Found, role: Role, instructions: Sequence[str]) -> 
     )
 
 
-def _stratified(tasks: Sequence[Task], seed: int) -> list[Task]:
-    """Tasks by tier, inside a tier in a seeded order of which every prefix holds its share of each category."""
-    rng = np.random.default_rng([seed, 0x5A17])
-    groups: dict[tuple[int, str], list[Task]] = collections.defaultdict(list)
-    for task in tasks:
-        groups[task.tier, task.category].append(task)
-    ranked: list[tuple[int, float, str, Task]] = []
-    for (tier, category), members in sorted(groups.items()):
-        offset = rng.random()
-        order = rng.permutation(len(members)).tolist()
-        ranked += [(tier, (rank + offset) / len(members), category, members[i]) for rank, i in enumerate(order)]
-    return [task for *_, task in sorted(ranked, key=lambda entry: entry[:3])]
-
-
 def parquet_tasks(
     path: str | Path,
     *,
@@ -340,17 +326,5 @@ def parquet_tasks(
         raise ValueError(
             f"asked for {num_tasks} training tasks, {path} has {len(train)}; ask for 1 to {len(train)} or add files"
         )
-    chosen = {task.task_id for task in _stratified(train, seed)[:num_tasks]}
-    return [task for task in train if task.task_id in chosen] + heldout
-
-
-def selection_summary(tasks: Sequence[Task]) -> dict[str, int]:
-    """Counts of a choice: core and extra tasks, families of the core, and families only in the extra tier."""
-    tiers = [[task for task in tasks if task.role == "train" and (task.tier > 0) == extra] for extra in (False, True)]
-    families = [{task.family for task in tier} for tier in tiers]
-    return {
-        "core_tasks": len(tiers[0]),
-        "extra_tasks": len(tiers[1]),
-        "core_families": len(families[0]),
-        "new_families": len(families[1] - families[0]),
-    }
+    order = stratified_order([(task.tier, task.category) for task in train], np.random.default_rng([seed, 0x5A17]))
+    return [train[number] for number in sorted(order[:num_tasks])] + heldout
