@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
 from lightning_zeroprompt.data.datamodule import EvaluationFactory, TaskDataModule
+from lightning_zeroprompt.data.describe import corpus_summary, training_summary
 from lightning_zeroprompt.data.evaluation import EvaluationDataset, EvaluationSettings, plan_evaluation, split_tasks
 from lightning_zeroprompt.data.mixture import MixtureSettings, select_tasks
 from lightning_zeroprompt.data.packing import check_replicas
@@ -36,6 +37,7 @@ __all__ = [
     "build_trainer",
     "check_keys",
     "check_run",
+    "data_summary",
     "evaluation_factory",
     "evaluation_settings",
     "load_module",
@@ -45,8 +47,9 @@ __all__ = [
 ]
 
 _DATA = {
-    *("source", "path", "compiled", "num_tasks", "num_source_tasks", "holdout_categories", "options", "tokenizer"),
-    *("vocab_size", "compile", "encoder_length", "decoder_length", "rows_per_batch", "num_workers"),
+    *("source", "path", "compiled", "num_tasks", "num_source_tasks", "holdout_categories", "drop_shared_families"),
+    *("options", "tokenizer", "vocab_size", "compile", "encoder_length", "decoder_length", "rows_per_batch"),
+    "num_workers",
 }
 _EVAL = {"fit_examples_per_task", "shuffled", "max_tokens"}
 
@@ -158,9 +161,8 @@ def build_datamodule(
         shuffled: Whether evaluations also ask with the instructions of other tasks.
     """
     data = config.data
-    candidates, _ = split_tasks(corpus.tasks, _plain(data.holdout_categories))
-    chosen = select_tasks([corpus.tasks[index] for index in candidates], data.num_tasks, config.seed)
-    tasks = [candidates[position] for position in chosen]
+    candidates, _ = _split(config, corpus)
+    tasks = select_tasks(corpus.tasks, data.num_tasks, config.seed, among=candidates)
     prompt = SoftPromptSettings(**_plain(config.model.soft_prompt))
 
     return TaskDataModule(
@@ -177,6 +179,23 @@ def build_datamodule(
         pin_memory=on_gpu,
         evaluation=evaluation_factory(config, on_gpu=on_gpu, shuffled=shuffled),
     )
+
+
+def _split(config: DictConfig, corpus: Corpus) -> tuple[list[int], list[int]]:
+    # Configurations of older runs lack the key.
+    drop = config.data.get("drop_shared_families", False)
+    return split_tasks(corpus.tasks, _plain(config.data.holdout_categories), drop_shared_families=drop)
+
+
+def data_summary(config: DictConfig, datamodule: TaskDataModule) -> str:
+    """What a run trains on, for people: counts of the corpus and of the chosen tasks.
+
+    Args:
+        config: With the group ``data``.
+        datamodule: What :func:`build_datamodule` has made of it.
+    """
+    corpus = datamodule.corpus
+    return f"{corpus_summary(corpus)}\n{training_summary(corpus, datamodule.task_indices, *_split(config, corpus))}"
 
 
 def evaluation_factory(
@@ -200,7 +219,7 @@ def evaluation_factory(
 
     def build(corpus: Corpus, task_indices: Sequence[int], *, num_replicas: int, rank: int) -> list[EvaluationDataset]:
         if trained is None:
-            _, heldout = split_tasks(corpus.tasks, _plain(data.holdout_categories))
+            _, heldout = _split(config, corpus)
         else:
             ids, families = {task.task_id for task in trained}, {task.family for task in trained}
             heldout = [t.index for t in corpus.tasks if t.task_id not in ids and t.family not in families]

@@ -25,6 +25,7 @@ from lightning_zeroprompt.cli.build import (
     build_trainer,
     check_keys,
     check_run,
+    data_summary,
     evaluation_factory,
     open_corpus,
     quieten,
@@ -63,6 +64,7 @@ def train(config: DictConfig) -> None:
     module = build_module(config, corpus, len(datamodule.task_indices))
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(config, resolve=True))
+        print(data_summary(config, datamodule))
     report = TensorBoardReport(trainer, config, datamodule, module)
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     untrained = module.summaries[0]

@@ -210,7 +210,8 @@ def _refuse_shared_families(train: Sequence[TaskInfo], heldout: Sequence[TaskInf
         raise ValueError(
             f"{len(shared)} families are on both sides of the split: family {family!r} has the training task "
             f"{of_family[family].task_id!r} and the held-out task {task.task_id!r}, so the evaluation would not be "
-            "zero-shot; hold out the whole family, or drop its training tasks (drop_shared_families)"
+            "zero-shot; hold out the whole family, or drop its training tasks (data.drop_shared_families=true, "
+            "--drop-shared-families)"
         )
 
 
