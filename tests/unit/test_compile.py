@@ -45,7 +45,8 @@ def make_task(number=0, count=40, *, labels=None, examples=None, **changes):
 
 
 def compiled(tasks, folder, **settings):
-    return compile_tasks(tasks, folder, **({"tokenizer": ByteTokenizer(), "progress": False} | settings))
+    defaults = {"tokenizer": ByteTokenizer(), "progress": False, "source": {"name": "test"}}
+    return compile_tasks(tasks, folder, **(defaults | settings))
 
 
 def files(folder):
@@ -377,6 +378,23 @@ def test_reuse_lists_no_tasks(tmp_path):
         raise AssertionError("listed")
 
     assert compiled(never, tmp_path / "c", existing="reuse").tasks[0].task_id == "task 0"
+
+
+def test_without_a_source_nothing_old_is_used(tmp_path):
+    def texts(corpus):
+        return sorted(corpus.tokenizer.decode(corpus.segment(int(first))) for first in corpus.row_first_segment)
+
+    old, new = ([make_task(count=4), make_task(1, 1, examples=[Example(input=t, outputs=("o",))])] for t in "xy")
+    first = compiled(old, tmp_path / "c", source=None)
+    with pytest.raises(ValueError, match="without source nothing tells whether the tasks have changed"):
+        compiled(new, tmp_path / "c", source=None, existing="reuse")
+    assert "x" in texts(first)
+    assert "y" in texts(compiled(new, tmp_path / "c", source=None, existing="replace"))
+    with pytest.raises(Interrupted):
+        compiled([*old, dataclasses.replace(make_task(2), examples=stop_at(0)[0].examples)], tmp_path / "d",
+                 source=None, num_workers=0)  # fmt: skip
+    assert list((tmp_path / "d.partial" / "parts").glob("*.npz"))
+    assert "y" in texts(compiled([*new, make_task(2)], tmp_path / "d", source=None))
 
 
 def test_two_processes_make_one_corpus(tmp_path):

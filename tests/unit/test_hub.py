@@ -157,6 +157,39 @@ def test_compiles(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "load", ["path: {folder}", "path: json, data_dir: {folder}", "path: json, data_files: x.jsonl"]
+)
+def test_changed_examples_are_noticed(tmp_path, load):
+    from lightning_zeroprompt.data.corpus import CorpusError
+    from lightning_zeroprompt.data.prepare import compile_source
+
+    folder = tmp_path if "data_files" in load else tmp_path / "rows"
+    folder.mkdir(exist_ok=True)
+    mapping = tmp_path / "mapping.yaml"
+    mapping.write_text(f"load: {{{load.format(folder=folder)}}}\ninput: text\noutput: label\n")
+
+    def corpus(text, existing):
+        json_lines(folder / "x.jsonl", [{"text": text, "label": "b"}])
+        return compile_source("hub", mapping, tmp_path / "c", tokenizer="byte", progress=False, existing=existing)
+
+    first = corpus("one", "reuse")
+    (folder / ".hidden").write_text("nothing")
+    assert corpus("one", "reuse").fingerprint == first.fingerprint
+    with pytest.raises(CorpusError, match=r"other settings \(source: "):
+        corpus("two", "reuse")
+    assert corpus("two", "replace").segment(0).tobytes() != first.segment(0).tobytes()
+
+
+def test_data_whose_changes_cannot_be_seen_are_warned_of(tmp_path, caplog):
+    mapping = tmp_path / "mapping.yaml"
+    for load, warned in (("path: some/data", True), ("path: some/data, revision: abc", False)):
+        caplog.clear()
+        mapping.write_text(f"load: {{{load}}}\ninput: text\noutput: label\n")
+        assert local_files(mapping) == [("mapping", mapping)]
+        assert ("without asking whether the data have changed" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"wrong": 1}, "unknown entry wrong; known: load"),

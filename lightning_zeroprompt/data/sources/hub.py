@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import glob
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -60,6 +61,7 @@ KEYS: dict[str, str] = {
 }
 """Entries of a mapping and what they mean."""
 
+_log = logging.getLogger(__name__)
 _TEXTS = ("category", "family", "language", "licence", "domain", "benchmark", "source")
 
 
@@ -102,6 +104,7 @@ _SCALAR = (f"{_COLUMN} with a text", functools.partial(_is_column, fits=_is_scal
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "load.path": ("a text", _is_text),
     "load.split": ("a text", _is_text),
+    "load.data_dir": ("a text", _is_text),
     "load.name": ("a text or a list of texts", _is_texts),
     "load.data_files": (
         "a file, a list of files or a mapping of splits to files",
@@ -193,35 +196,55 @@ def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any
     checked["load"] = {key: value for key, value in merged.items() if value is not None}
     _check_types(where, checked)
     files = checked["load"].get("data_files")
-    if folder is not None and isinstance(files, str | list):
+    if folder is not None and isinstance(files, str | list) and not _folders(checked["load"]):
         names = [files] if isinstance(files, str) else files
         local = [name if "://" in name or glob.glob(name) else str(folder / name) for name in names]
         checked["load"] = {**checked["load"], "data_files": local}
     return checked
 
 
-def _local(load: Mapping[str, Any]) -> list[Path]:
+def _folders(load: Mapping[str, Any]) -> list[Path]:
+    return [Path(load[key]) for key in ("path", "data_dir") if key in load and Path(load[key]).is_dir()]
+
+
+def _local(load: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """The local files that ``load`` names, by pattern or by folder, with names that do not depend on where they lie."""
     found = load.get("data_files") or []
     flat = found.values() if isinstance(found, Mapping) else [found]
     patterns = [pattern for entry in flat for pattern in ([entry] if isinstance(entry, str) else entry)]
-    return [Path(file) for file in sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True))]
+    files = [Path(file) for pattern in patterns for file in glob.glob(pattern, recursive=True)]
+    named = {file: file.name for file in files}
+    for folder in _folders(load):
+        # As in datasets, hidden files are no data.
+        inside = {file: file.relative_to(folder) for file in folder.rglob("*")}
+        named |= {file: str(name) for file, name in inside.items() if not any(p.startswith(".") for p in name.parts)}
+    return [(name, file) for file, name in sorted(named.items()) if file.is_file()]
 
 
 def local_files(mapping: str | Path, load: Mapping[str, Any] | None = None) -> list[tuple[str, Path]]:
     """The mapping file and the local data files it names, each with a name that does not depend on its folder.
 
+    Data on the hub are not looked at; a mapping that leaves their revision open is warned of.
+
     Raises:
         TaskError: The mapping cannot be used.
     """
-    files = _local(read_mapping(mapping, load)["load"])
-    return [("mapping", Path(mapping)), *((file.name, file) for file in files)]
+    found = read_mapping(mapping, load)["load"]
+    files = _local(found)
+    if not files and "revision" not in found:
+        _log.warning(
+            "%s names no local files and no revision: a corpus compiled from it is used again without asking whether "
+            "the data have changed; give 'revision' under 'load' to fix them",
+            mapping,
+        )
+    return [("mapping", Path(mapping)), *files]
 
 
 def _other_encoding(load: Mapping[str, Any], error: UnicodeDecodeError) -> TaskError:
     """What to say of data that is not in the encoding it was read with, naming the files."""
     encoding = load.get("encoding", "utf-8")
     refused = []
-    for file in _local(load):
+    for _, file in _local(load):
         try:
             with file.open(encoding=encoding) as stream:
                 collections.deque(stream, maxlen=0)
@@ -234,8 +257,14 @@ def _other_encoding(load: Mapping[str, Any], error: UnicodeDecodeError) -> TaskE
     )
 
 
-@functools.lru_cache(maxsize=1)
 def _load(arguments: str) -> Any:
+    stats = [file.stat() for _, file in _local(json.loads(arguments))]
+    return _loaded(arguments, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(arguments: str, stamps: tuple[tuple[int, int], ...]) -> Any:
+    """The dataset; ``stamps`` of its local files only tell old content from new."""
     import datasets
 
     kwargs = json.loads(arguments)
