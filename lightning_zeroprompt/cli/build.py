@@ -6,10 +6,11 @@ or by LightningCLI.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
 from lightning_zeroprompt.data.datamodule import EvaluationFactory, TaskDataModule
+from lightning_zeroprompt.data.describe import corpus_summary, training_summary
 from lightning_zeroprompt.data.evaluation import EvaluationDataset, EvaluationSettings, plan_evaluation, split_tasks
 from lightning_zeroprompt.data.mixture import MixtureSettings, select_tasks
 from lightning_zeroprompt.data.packing import check_replicas
@@ -32,7 +35,9 @@ __all__ = [
     "build_datamodule",
     "build_module",
     "build_trainer",
+    "check_keys",
     "check_run",
+    "data_summary",
     "evaluation_factory",
     "evaluation_settings",
     "load_module",
@@ -41,6 +46,13 @@ __all__ = [
     "quieten",
 ]
 
+_DATA = {
+    *("source", "path", "compiled", "num_tasks", "num_source_tasks", "holdout_categories", "drop_shared_families"),
+    *("options", "tokenizer", "vocab_size", "compile", "encoder_length", "decoder_length", "rows_per_batch"),
+    "num_workers",
+}
+_EVAL = {"fit_examples_per_task", "shuffled", "max_tokens"}
+
 
 def quieten() -> None:
     """Hide notices of libraries that a user of this program can do nothing about."""
@@ -48,6 +60,45 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def check_keys(config: DictConfig) -> None:
+    """Refuse keys that nothing reads, which Hydra's ``+`` lets through: misspelt ones would change nothing, silently.
+
+    Args:
+        config: A composed or resolved configuration of training or evaluation.
+
+    Raises:
+        ValueError: An unknown key, with the known ones, or a value where a group belongs.
+    """
+    targets = [name for name in ("optimizer", "trainer", "logger") if config.get(name)]
+    targets += [f"callbacks.{name}" for name in config.get("callbacks") or {}]
+    known: dict[str, set[str] | None] = {
+        "data": _DATA,
+        "data.compile": _parameters(compile_tasks) - {"tasks", "folder", "tokenizer", "source", "existing"},
+        "eval": (_parameters(EvaluationSettings) | _EVAL) - {"shuffle_instructions"},
+        "mixture": _parameters(MixtureSettings),
+        "model": {"size", "dropout", "overrides", "compile", "soft_prompt"},
+        "model.soft_prompt": _parameters(SoftPromptSettings),
+        "paths": {"runs_dir", "compiled_dir", "output_dir"},
+        "strategy": {"strategy"},
+        **dict.fromkeys(targets),
+    }
+    for name, keys in known.items():
+        node = OmegaConf.select(config, name)
+        if not OmegaConf.is_dict(node) or (keys is None and "_target_" not in node):
+            raise ValueError(f"{name} is {node!r}; it must be a mapping" + (" with a _target_" if keys is None else ""))
+        if keys is None:
+            keys = _parameters(hydra.utils.get_object(node["_target_"]))
+        unknown = sorted(str(key) for key in node if key not in keys and not str(key).startswith("_"))
+        if unknown and "**" not in keys:
+            raise ValueError(f"{name}.{unknown[0]} is unknown; {name} has: {', '.join(sorted(keys))}")
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """Names of its parameters; ``**`` where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
 
 
 def open_corpus(config: DictConfig) -> Corpus:
@@ -110,9 +161,8 @@ def build_datamodule(
         shuffled: Whether evaluations also ask with the instructions of other tasks.
     """
     data = config.data
-    candidates, _ = split_tasks(corpus.tasks, _plain(data.holdout_categories))
-    chosen = select_tasks([corpus.tasks[index] for index in candidates], data.num_tasks, config.seed)
-    tasks = [candidates[position] for position in chosen]
+    candidates, _ = _split(config, corpus)
+    tasks = select_tasks(corpus.tasks, data.num_tasks, config.seed, among=candidates)
     prompt = SoftPromptSettings(**_plain(config.model.soft_prompt))
 
     return TaskDataModule(
@@ -129,6 +179,23 @@ def build_datamodule(
         pin_memory=on_gpu,
         evaluation=evaluation_factory(config, on_gpu=on_gpu, shuffled=shuffled),
     )
+
+
+def _split(config: DictConfig, corpus: Corpus) -> tuple[list[int], list[int]]:
+    # Configurations of older runs lack the key.
+    drop = config.data.get("drop_shared_families", False)
+    return split_tasks(corpus.tasks, _plain(config.data.holdout_categories), drop_shared_families=drop)
+
+
+def data_summary(config: DictConfig, datamodule: TaskDataModule) -> str:
+    """What a run trains on, for people: counts of the corpus and of the chosen tasks.
+
+    Args:
+        config: With the group ``data``.
+        datamodule: What :func:`build_datamodule` has made of it.
+    """
+    corpus = datamodule.corpus
+    return f"{corpus_summary(corpus)}\n{training_summary(corpus, datamodule.task_indices, *_split(config, corpus))}"
 
 
 def evaluation_factory(
@@ -152,7 +219,7 @@ def evaluation_factory(
 
     def build(corpus: Corpus, task_indices: Sequence[int], *, num_replicas: int, rank: int) -> list[EvaluationDataset]:
         if trained is None:
-            _, heldout = split_tasks(corpus.tasks, _plain(data.holdout_categories))
+            _, heldout = _split(config, corpus)
         else:
             ids, families = {task.task_id for task in trained}, {task.family for task in trained}
             heldout = [t.index for t in corpus.tasks if t.task_id not in ids and t.family not in families]

@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
+from lightning_zeroprompt.data.describe import corpus_summary, folder_size, task_counts, training_summary
 
 __all__ = ["main"]
-
-
-def _size(path: Path) -> str:
-    return f"{sum(file.stat().st_size for file in path.iterdir()) / 2**20:.1f} MiB"
 
 
 def _compile(args: argparse.Namespace) -> None:
@@ -52,17 +49,7 @@ def _compile(args: argparse.Namespace) -> None:
         num_workers=args.num_workers,
         progress=not args.quiet,
     )
-    counts = corpus.counts
-    print(
-        f"{corpus.path}: {counts['tasks']:,} tasks, {counts['rows']:,} rows, {counts['tokens']:,} tokens, "
-        f"{_size(corpus.path)}, "
-        f"{time.perf_counter() - start:.1f} s; {_tiers(corpus.tasks)}"
-    )
-    print(
-        f"inputs cut to {args.max_input_tokens} tokens in {counts['truncated']:,} rows; dropped {counts['dropped']:,}; "
-        f"left out by "
-        f"caps {counts['capped']:,}; fingerprint {corpus.fingerprint[:16]}"
-    )
+    print(f"{corpus_summary(corpus)}; {time.perf_counter() - start:.1f} s")
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -74,16 +61,6 @@ def _pair(text: str) -> tuple[str, Any]:
 
 def _cap(text: str) -> int | None:
     return None if text == "all" else int(text)
-
-
-def _tiers(tasks: Sequence[TaskInfo]) -> str:
-    train = [task for task in tasks if task.role == "train"]
-    core = {task.family for task in train if task.tier == 0}
-    extra = [task for task in train if task.tier > 0]
-    text = f"{len(train):,} training tasks ({len(core):,} families)"
-    if extra:
-        text += f", {len(extra):,} of them beyond the core with {len({t.family for t in extra} - core):,} new families"
-    return f"{text}, {len(tasks) - len(train):,} held out"
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -129,8 +106,8 @@ def _describe(args: argparse.Namespace) -> None:
     console = Console(width=max(Console().width, 104))
     counts = corpus.counts
     tokenizer = json.loads((corpus.path / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
-    console.print(f"{corpus.path}  {_size(corpus.path)}  fingerprint {corpus.fingerprint[:16]}", highlight=False)
-    console.print(f"{_tiers(corpus.tasks)}; {len(corpus.templates):,} templates", highlight=False)
+    console.print(f"{corpus.path}  {folder_size(corpus)}  fingerprint {corpus.fingerprint[:16]}", highlight=False)
+    console.print(f"{task_counts(corpus.tasks)}; {len(corpus.templates):,} templates", highlight=False)
     console.print(
         f"{counts['rows']:,} rows, {counts['tokens']:,} tokens in {counts['segments']:,} segments; tokeniser "
         f"{tokenizer['name']} "
@@ -151,15 +128,23 @@ def _mixture(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from lightning_zeroprompt.data.evaluation_plan import split_tasks
     from lightning_zeroprompt.data.mixture import Mixture, MixtureSettings, select_tasks
 
+    if args.draws < 1:
+        raise ValueError(f"--draws is {args.draws}; give the number of draws to count, 1 or more")
     corpus = Corpus.open(args.folder)
-    chosen = select_tasks(corpus.tasks, args.num_tasks, args.seed)
+    candidates, heldout = split_tasks(
+        corpus.tasks, args.holdout_categories, drop_shared_families=args.drop_shared_families
+    )
+    chosen = select_tasks(corpus.tasks, args.num_tasks, args.seed, among=candidates)
     settings = MixtureSettings(
         max_per_class=args.max_per_class,
         max_per_task=args.max_per_task,
         temperature=args.temperature,
         category_exponent=args.category_exponent,
+        class_balance=args.class_balance,
+        denoising=args.denoising,
     )
     mixture = Mixture(corpus, chosen, seed=args.seed, settings=settings)
     start = time.perf_counter()
@@ -177,7 +162,11 @@ def _mixture(args: argparse.Namespace) -> None:
         cells = (f"{task.num_train_rows:,}", f"{targets[i]:.2f}", f"{realised[i]:,}", f"{difference:+.2f}")
         table.add_row(task.task_id, *cells)
     console = Console()
+    console.print(training_summary(corpus, chosen, candidates, heldout), highlight=False, soft_wrap=True)
     console.print(table)
+    counted = min(args.draws, 65_536)
+    noised = float(mixture.draws(0, counted).denoise.mean())
+    console.print(f"span corruption: target {args.denoising:.3f}, {noised:.3f} of {counted:,} draws", highlight=False)
     worst = max(abs(float(r - t)) for r, t in zip(realised, targets, strict=True))
     console.print(f"largest difference between target and realised count: {worst:.3f} examples", highlight=False)
 
@@ -232,6 +221,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=math.inf, help="default: inf, every task alike")
     command.add_argument(
         "--category-exponent", type=float, help="first draw a category, weighted by its size to this power"
+    )
+    command.add_argument(
+        "--class-balance",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw the classes of a task alike, or by their rows (default: alike)",
+    )
+    command.add_argument("--denoising", type=float, default=0.15, help="share of span corruption (default: 0.15)")
+    command.add_argument(
+        "--holdout-categories", nargs="+", default=[], metavar="CATEGORY", help="categories to hold out too"
+    )
+    command.add_argument(
+        "--drop-shared-families", action="store_true", help="drop training tasks of held-out families, not refuse them"
     )
     command.add_argument("--show", type=int, default=20, help="tasks to list, largest difference first (default: 20)")
     return parser

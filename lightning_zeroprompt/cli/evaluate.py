@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_zeroprompt.cli.build import (
     build_datamodule,
     build_trainer,
+    check_keys,
     load_module,
     open_corpus,
     other_datamodule,
@@ -62,6 +63,7 @@ def evaluate(config: DictConfig) -> None:
     quieten()
     folder = Path(config.paths.output_dir)
     merged = run_config(config)
+    check_keys(merged)
     pl.seed_everything(merged.seed, workers=True, verbose=False)
     own = open_corpus(merged)
     corpus = own if config.corpus is None else Corpus.open(config.corpus)

@@ -23,7 +23,9 @@ from lightning_zeroprompt.cli.build import (
     build_datamodule,
     build_module,
     build_trainer,
+    check_keys,
     check_run,
+    data_summary,
     evaluation_factory,
     open_corpus,
     quieten,
@@ -50,6 +52,7 @@ def train(config: DictConfig) -> None:
         config: A composed configuration of ``conf/train.yaml``; interpolations need not be resolved.
     """
     quieten()
+    check_keys(config)
     folder = Path(config.paths.output_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     corpus = open_corpus(config)
@@ -61,6 +64,7 @@ def train(config: DictConfig) -> None:
     module = build_module(config, corpus, len(datamodule.task_indices))
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(config, resolve=True))
+        print(data_summary(config, datamodule))
     report = TensorBoardReport(trainer, config, datamodule, module)
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     untrained = module.summaries[0]

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -326,9 +327,12 @@ def compile_tasks(
         heldout_max: Most held-out rows of a training task.
         num_workers: Threads that encode while the calling one reads.
         progress: Whether to show a bar.
-        source: JSON-like description of where the tasks come from, part of the settings and of the fingerprint.
-        existing: What to do where the folder is in use: refuse; reuse a corpus of equal settings (and refuse another);
-            or reuse one of equal settings and replace a corpus of others. What is no corpus is never touched.
+        source: JSON-like description of where the tasks come from, part of the settings and of the fingerprint. It
+            should change when the examples do (a version, a hash of files): nothing else tells whether a corpus, or
+            what a killed run has left, still fits the tasks, so without it neither is used again.
+        existing: What to do where the folder is in use: refuse; reuse a corpus of equal settings and source (and refuse
+            another); or reuse one of equal settings and source and replace any other. What is no corpus is never
+            touched.
 
     Returns:
         The opened corpus.
@@ -336,8 +340,13 @@ def compile_tasks(
     Raises:
         TaskError: A task, example or template cannot be used; the message names it.
         CorpusError: The folder is in use, or the disk is full or not writable.
-        ValueError: A limit that keeps nothing.
+        ValueError: A limit that keeps nothing, or reuse without a source.
     """
+    if existing == "reuse" and not source:
+        raise ValueError(
+            f"existing='reuse' for {folder}, but without source nothing tells whether the tasks have changed since; "
+            "give source={...} with a version or a hash that changes when they do, or use existing='replace'"
+        )
     folder = Path(folder)
     limits = Limits(
         seed=seed,
@@ -379,7 +388,7 @@ def _existing(folder: Path, settings: Mapping[str, Any], policy: str) -> Corpus 
     if policy == "refuse":
         raise CorpusError(f"{folder} already holds a compiled corpus; delete it or compile into another folder")
     corpus = Corpus.open(folder)
-    if corpus.settings == settings:
+    if corpus.settings == settings and settings["source"]:
         return corpus
     if policy == "reuse":
         differing = sorted(key for key in settings if corpus.settings.get(key) != settings[key])
@@ -406,7 +415,8 @@ def _compile(
     check_tasks(tasks)
     partial = folder.with_name(folder.name + ".partial")
     try:
-        open_partial(partial, {"settings": dict(settings)})
+        # Parts are named by what makes them, but not by their examples; without a source no run takes them up.
+        open_partial(partial, {"settings": dict(settings), "run": "" if settings["source"] else uuid.uuid4().hex})
     except OSError as error:
         raise CorpusError(f"could not write {partial}: {error}; check the folder's rights and the disk") from error
     sampled = sum(task.role == "train" for task in tasks) or len(tasks)

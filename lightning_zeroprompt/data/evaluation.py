@@ -49,7 +49,7 @@ from lightning_zeroprompt.data.evaluation_plan import (
     right_options,
     split_tasks,
 )
-from lightning_zeroprompt.data.join import Pieces, Ragged, join_templates
+from lightning_zeroprompt.data.join import Pieces, Ragged, join_templates, ranges
 
 __all__ = [
     "EvaluationBatch",
@@ -194,7 +194,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
 
     def _add_options(self, batch: EvaluationBatch, cells: _Ints, rows: _Ints, tasks: list[TaskInfo]) -> None:
         first, count = self._options(cells, rows)
-        batch["option_labels"] = _padded(self._targets(_ranges(first, count)), -100)
+        batch["option_labels"] = _padded(self._targets(ranges(first, count)), -100)
         batch["option_example"] = torch.from_numpy(np.repeat(np.arange(len(rows)), count))
         right = [right_options(self.corpus, task, row) for task, row in zip(tasks, rows.tolist(), strict=True)]
         batch["option_correct"] = torch.tensor([flag for flags in right for flag in flags])
@@ -244,7 +244,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         tasks = [self._tasks[cell] for cell in cells[free].tolist()]
         first[free], count[free] = self._outputs(rows[free], tasks)
         starts = np.concatenate([[0], np.cumsum(count)[:-1]])
-        longest = np.maximum.reduceat(self._lengths(_ranges(first, count)) + 1, starts)
+        longest = np.maximum.reduceat(self._lengths(ranges(first, count)) + 1, starts)
         count[free] = 1
         return np.minimum(longest, self._decoder_length), count
 
@@ -256,15 +256,9 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         """Tokens that an answer of each cell may have: a property of the task's sample, not of batch or ranks."""
         limits = []
         for sample in self.plan.samples:
-            longest = self._lengths(_ranges(*self._outputs(sample.rows, [sample.task] * len(sample.rows)))).max()
+            longest = self._lengths(ranges(*self._outputs(sample.rows, [sample.task] * len(sample.rows)))).max()
             limits.append(min(int(longest) + 1, self._max_new_tokens))
         return np.array([limits[cell.sample] for cell in self.plan.cells], dtype=np.int64)
-
-
-def _ranges(first: _Ints, count: _Ints) -> _Ints:
-    """The integers of all ranges [first, first + count), end to end."""
-    before = np.concatenate([[0], np.cumsum(count)[:-1]])
-    return np.asarray(np.arange(int(count.sum())) + np.repeat(first - before, count))
 
 
 def _bounds(sizes: Iterable[tuple[int, int, int]], max_tokens: int) -> Iterator[tuple[int, int]]:

@@ -210,7 +210,8 @@ def _refuse_shared_families(train: Sequence[TaskInfo], heldout: Sequence[TaskInf
         raise ValueError(
             f"{len(shared)} families are on both sides of the split: family {family!r} has the training task "
             f"{of_family[family].task_id!r} and the held-out task {task.task_id!r}, so the evaluation would not be "
-            "zero-shot; hold out the whole family, or drop its training tasks (drop_shared_families)"
+            "zero-shot; hold out the whole family, or drop its training tasks (data.drop_shared_families=true, "
+            "--drop-shared-families)"
         )
 
 
@@ -347,7 +348,11 @@ def _templates(corpus: Corpus, task: TaskInfo, settings: EvaluationSettings) -> 
 def _without_trained(
     corpus: Corpus, chosen: Sequence[TaskInfo], kept_out: Sequence[tuple[TaskInfo, npt.NDArray[np.int64]]]
 ) -> list[tuple[TaskInfo, npt.NDArray[np.int64]]]:
-    """Leave out rows whose input and answer another chosen task trains on: sibling tasks share examples."""
+    """Leave out rows that another chosen task trains on: sibling tasks share examples.
+
+    A row counts as trained on where a training row has the same input, the same further fields in any order and under
+    any name, and a right output in common.
+    """
     if not kept_out:
         return []
     trained = np.concatenate([np.arange(task.first_row, task.first_row + task.num_train_rows) for task in chosen])
@@ -357,9 +362,12 @@ def _without_trained(
         fields[task.first_row : task.first_row + task.num_rows] = len(task.fields)
     # Lengths and end tokens tell nearly all pairs apart; only rows that agree in them are read as a whole.
     likely = trained[np.isin(_outline(corpus, trained), _outline(corpus, rows))]
-    seen = {_content(corpus, row, fields[row]) for row in likely.tolist()}
+    seen = set().union(*(_answered(corpus, row, fields[row]) for row in likely.tolist()))
     return [
-        (task, np.array([row for row in found.tolist() if _content(corpus, row, fields[row]) not in seen], np.int64))
+        (
+            task,
+            np.array([row for row in found.tolist() if seen.isdisjoint(_answered(corpus, row, fields[row]))], np.int64),
+        )
         for task, found in kept_out
     ]
 
@@ -373,9 +381,13 @@ def _outline(corpus: Corpus, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int6
     return ((end - start) << 34) + (head << 17) + tail
 
 
-def _content(corpus: Corpus, row: int, fields: int) -> tuple[bytes, bytes]:
-    first = int(corpus.row_first_segment[row])
-    return corpus.segment(first).tobytes(), corpus.segment(first + int(fields)).tobytes()
+def _answered(corpus: Corpus, row: int, fields: int) -> set[tuple[bytes, frozenset[bytes], bytes]]:
+    """(input, further fields, answer) of each right output of a row."""
+    first, outputs = int(corpus.row_first_segment[row]), int(corpus.row_num_outputs[row])
+    texts = [corpus.segment(segment).tobytes() for segment in range(first, first + int(fields) + outputs)]
+    # A field that repeats the input, or is empty, tells nothing apart.
+    further = frozenset(texts[1:fields]) - {b"", texts[0]}
+    return {(texts[0], further, answer) for answer in texts[fields:]}
 
 
 def _sample(

@@ -13,10 +13,12 @@ at a random place in each, which fixes both lengths in closed form; T5's random 
 needs a loop or a sort an example.
 
 Everything is vectorised over examples. Measured (processor time, one core, 1,000 tasks, a mean of 74 encoder tokens):
-0.7 microseconds an example for the plan and 0.9 for the gather, after 0.7 for the draw.
+0.7 microseconds an example for the plan and 0.6 for the gather, after 0.7 for the draw; of 10,000 tasks, whose 870 MB
+of files do not fit in the processor's caches, 0.9, 0.8 and 0.5.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ __all__ = ["JoinPlan", "Joiner", "Pieces", "Ragged", "join_templates", "ranges",
 
 _NOISE_DENSITY = 0.15
 _MEAN_SPAN = 3.0
+_GATHERED = 1 << 15
 _OPTIONS = -1
 _INPUT = -2
 
@@ -96,16 +99,16 @@ class Pieces:
             start, length = self.start[chosen], self.length[chosen]
             offsets = _ends(self.offsets[examples + 1] - self.offsets[examples])
         ends = _ends(length)
+        out = np.empty(int(ends[-1]), dtype=np.int32)
+        before = np.maximum(start, 0) - ends[:-1]
+        # In parts whose places stay in the cache: a window at once takes 1.4 times as long.
+        borders = np.append(np.searchsorted(ends, np.arange(0, len(out), _GATHERED)), len(length)).tolist()
+        for first, last in itertools.pairwise(borders):
+            begin, end = int(ends[first]), int(ends[last])
+            places = np.repeat(before[first:last], length[first:last])
+            places += np.arange(begin, end)
+            out[begin:end] = tokens[places]
         marks = np.flatnonzero(start < 0)
-        first = np.maximum(start, 0)
-        # A step of one inside a piece and a jump between pieces: one cumulative sum instead of a repeat and an arange.
-        filled = np.flatnonzero(length)
-        jumps = np.ones(int(ends[-1]), dtype=np.int64)
-        if len(filled):
-            begin = first[filled]
-            jumps[ends[filled]] = begin
-            jumps[ends[filled[1:]]] -= begin[:-1] + length[filled[:-1]] - 1
-        out = tokens[np.cumsum(jumps, out=jumps)].astype(np.int32)
         out[ends[marks]] = -1 - start[marks]
         return Ragged(out, ends[offsets])
 

@@ -31,7 +31,7 @@ from lightning_zeroprompt.data.permutation import SHORT, below, mix64, permute, 
 if TYPE_CHECKING:
     from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
 
-__all__ = ["Draws", "Mixture", "MixtureSettings", "select_tasks"]
+__all__ = ["Draws", "Mixture", "MixtureSettings", "select_tasks", "stratified_order"]
 
 _PERIOD = 256
 _OFFSETS = np.array([int(f"{number:08b}"[::-1], 2) for number in range(_PERIOD)], dtype=np.int64)
@@ -134,7 +134,30 @@ class _Phase:
     key: np.uint64
 
 
-def select_tasks(tasks: Sequence["TaskInfo"], num_tasks: int | None = None, seed: int = 0) -> list[int]:
+def stratified_order(groups: Sequence[tuple[int, str]], generator: np.random.Generator) -> list[int]:
+    """A random order by tier, inside a tier such that every prefix holds its share of each category.
+
+    Args:
+        groups: (tier, category) of each element.
+        generator: Decides the order.
+
+    Returns:
+        Positions in ``groups``.
+    """
+    members: dict[tuple[int, str], list[int]] = {}
+    for number, group in enumerate(groups):
+        members.setdefault(group, []).append(number)
+    order: list[tuple[int, float, str, int]] = []
+    for (tier, category), numbers in sorted(members.items()):
+        offset = generator.random()
+        shuffled = generator.permutation(numbers).tolist()
+        order += [(tier, (rank + offset) / len(numbers), category, number) for rank, number in enumerate(shuffled)]
+    return [number for *_, number in sorted(order)]
+
+
+def select_tasks(
+    tasks: Sequence["TaskInfo"], num_tasks: int | None = None, seed: int = 0, *, among: Iterable[int] | None = None
+) -> list[int]:
     """Choose training tasks: a prefix of one seeded order whose every prefix holds its share of each category.
 
     Subsets of different sizes are therefore nested. Tasks of tier 0 all come before those of tier 1.
@@ -143,6 +166,7 @@ def select_tasks(tasks: Sequence["TaskInfo"], num_tasks: int | None = None, seed
         tasks: Tasks of a corpus; those with the role ``"train"`` and a row to train on are candidates.
         num_tasks: How many; None means all.
         seed: Seed of the order.
+        among: Indices of the tasks that may be chosen; all when None.
 
     Returns:
         Indices into ``tasks``, in the order chosen.
@@ -150,7 +174,8 @@ def select_tasks(tasks: Sequence["TaskInfo"], num_tasks: int | None = None, seed
     Raises:
         ValueError: Fewer candidates than asked for, or none asked for.
     """
-    candidates = [number for number, task in enumerate(tasks) if task.role == "train" and task.num_train_rows > 0]
+    allowed = range(len(tasks)) if among is None else among
+    candidates = [number for number in allowed if tasks[number].role == "train" and tasks[number].num_train_rows > 0]
     wanted = len(candidates) if num_tasks is None else num_tasks
     if not 1 <= wanted <= len(candidates):
         raise ValueError(
@@ -158,15 +183,8 @@ def select_tasks(tasks: Sequence["TaskInfo"], num_tasks: int | None = None, seed
             f"give a number from 1 to {len(candidates)} or compile more tasks"
         )
     generator = np.random.default_rng([seed & 0xFFFFFFFF, 0x7A5C])
-    groups: dict[tuple[int, str], list[int]] = {}
-    for number in candidates:
-        groups.setdefault((tasks[number].tier, tasks[number].category), []).append(number)
-    order: list[tuple[int, float, str, int]] = []
-    for (tier, category), members in sorted(groups.items()):
-        offset = generator.random()
-        shuffled = generator.permutation(members)
-        order += [(tier, (rank + offset) / len(members), category, int(number)) for rank, number in enumerate(shuffled)]
-    return [number for *_, number in sorted(order)[:wanted]]
+    order = stratified_order([(tasks[number].tier, tasks[number].category) for number in candidates], generator)
+    return [candidates[position] for position in order[:wanted]]
 
 
 class Mixture:

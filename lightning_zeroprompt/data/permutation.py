@@ -82,22 +82,20 @@ def _feistel(
 ) -> NDArray[np.uint64]:
     """Permute [0, a * b) by half rounds, each adding a keyed hash of one half to the other."""
     left, right = np.divmod(values, b)
+    word, other = np.empty_like(left), np.empty_like(left)
     for number in range(rounds):
-        source, size = (right, a) if number % 2 == 0 else (left, b)
-        word = source + key
+        target, source, size = (left, right, a) if number % 2 == 0 else (right, left, b)
+        np.add(source, key, out=word)
         word += np.uint64((_GOLDEN * (2 * number + 1)) & _MASK)
         word *= np.uint64(0xBF58476D1CE4E5B9)
-        word ^= word >> np.uint64(29)
+        word ^= np.right_shift(word, np.uint64(29), out=other)
         word *= np.uint64(0x94D049BB133111EB)
         word >>= _HIGH
         word *= size
         word >>= _HIGH
-        if number % 2 == 0:
-            left = left + word
-            left -= size * (left >= size)
-        else:
-            right = right + word
-            right -= size * (right >= size)
+        target += word
+        # Modulo size: where the sum is below it, the difference wraps round to a larger number.
+        np.minimum(target, np.subtract(target, size, out=other), out=target)
     left *= b
     left += right
     return left

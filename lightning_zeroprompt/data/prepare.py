@@ -10,6 +10,7 @@ compile.
 import functools
 import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -62,15 +63,18 @@ def source_tasks(name: str, path: str | Path | None, options: Mapping[str, Any] 
         options: Further arguments of the source's own function (``promptsource`` needs ``data_folder``).
 
     Raises:
-        TaskError: The source is unknown, its path is missing, or its tasks cannot be used.
+        TaskError: The source is unknown, does not take an option, its path is missing, or its tasks cannot be used.
         ValueError: It has fewer tasks than asked for.
-        TypeError: An option that the source does not take.
     """
     if name not in SOURCES:
         raise TaskError(f"unknown source {name!r}; known: {', '.join(SOURCES)}")
     module = importlib.import_module(f"lightning_zeroprompt.data.sources.{name}")
     function: Callable[..., Iterable[Task]] = getattr(module, f"{name}_tasks")
     given = dict(options or {})
+    taken = list(inspect.signature(function).parameters)[name != "builtin" :]
+    unknown = [option for option in given if option not in taken]
+    if unknown:
+        raise TaskError(f"source {name!r} has no option {unknown[0]!r}; it has: {', '.join(sorted(taken))}")
     if name == "builtin":
         return list(function(**given))
     if name == "promptsource" and "data_folder" not in given:

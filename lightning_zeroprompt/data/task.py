@@ -12,13 +12,16 @@ has evolved, is data and not code.
 import dataclasses
 import string
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal, get_args
 
 __all__ = [
     "INPUT",
     "OPTIONS",
     "Example",
+    "Metric",
+    "Origin",
     "PromptTemplate",
+    "Role",
     "Segment",
     "Task",
     "TaskError",
@@ -30,8 +33,21 @@ OPTIONS = "options"
 """Name of the placeholder for the example's answer options, joined with the template's separator."""
 
 
+Role = Literal["train", "heldout"]
+"""What a task or template is for: training, or evaluation only."""
+Metric = Literal["exact_match", "rouge_l"]
+"""How free answers are scored."""
+Origin = Literal["academic", "production", "synthetic"]
+"""Where tasks come from, in ZeroPrompt's task-scaling study."""
+
+
 class TaskError(ValueError):
     """A task, template or example that cannot be used; the message says which, why, and what to do."""
+
+
+def _check_kind(where: str, name: str, value: object, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise TaskError(f"{where} has the {name} {value!r}; give one of {', '.join(get_args(kind))}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,7 +77,7 @@ class PromptTemplate:
     text: str
     verbalizer: tuple[str, ...] | None = None
     option_separator: str = ", "
-    role: Literal["train", "heldout"] = "train"
+    role: Role = "train"
     instruction: str = ""
 
     @classmethod
@@ -71,7 +87,7 @@ class PromptTemplate:
         *,
         name: str,
         with_options: bool = False,
-        role: Literal["train", "heldout"] = "train",
+        role: Role = "train",
     ) -> "PromptTemplate":
         r"""Build the plain frame: the instruction (braces in it are literal), the input below it, then the options.
 
@@ -236,10 +252,10 @@ class Task:
     family: str
     templates: tuple[PromptTemplate, ...]
     examples: Callable[[], Iterator[Example]]
-    role: Literal["train", "heldout"] = "train"
-    metric: Literal["exact_match", "rouge_l"] = "rouge_l"
+    role: Role = "train"
+    metric: Metric = "rouge_l"
     source: str = ""
-    origin: Literal["academic", "production", "synthetic"] = "academic"
+    origin: Origin = "academic"
     domain: str = ""
     language: str = "en"
     licence: str = "unstated"
@@ -249,19 +265,22 @@ class Task:
     training_allowed: bool = True
 
     def check(self) -> None:
-        """Refuse a task without id or templates, with two templates of one name, or that may not be trained on.
+        """Refuse a task without id or templates, of an unknown kind, or that may not be trained on.
 
         Raises:
             TaskError: With the task's id and the remedy.
         """
         if not self.task_id.strip():
             raise TaskError("a task has an empty id; every task needs its own")
+        for name, kinds in (("role", Role), ("metric", Metric), ("origin", Origin)):
+            _check_kind(f"task {self.task_id!r}", name, getattr(self, name), kinds)
         if not self.templates:
             raise TaskError(f"task {self.task_id!r} has no template; give at least one, such as '{{input}}'")
         names = [template.name for template in self.templates]
         if len(set(names)) < len(names):
             raise TaskError(f"task {self.task_id!r} has two templates of one name: {sorted(names)}")
         for template in self.templates:
+            _check_kind(f"task {self.task_id!r}: template {template.name!r}", "role", template.role, Role)
             if not template.placeholders():
                 raise TaskError(
                     f"task {self.task_id!r}: template {template.name!r} has no placeholder, so every example would "

@@ -73,7 +73,7 @@ def open_partial(partial: Path, key: Mapping[str, Any]) -> None:
         if found == key:
             _log.info("taking up the compilation that was cut off in %s", partial)
         elif found is not None:
-            _log.warning("%s was left by a compilation with other settings; its parts are discarded", partial)
+            _log.warning("%s was left by another compilation or an unknown source; its parts are discarded", partial)
             shutil.rmtree(partial)
     try:
         partial.mkdir(exist_ok=True)

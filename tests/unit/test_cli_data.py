@@ -83,9 +83,23 @@ def test_mixture(folder, capsys):
     assert "12 tasks, 3,072 draws" in printed
     worst = float(re.search(r"largest difference .*: ([0-9.]+)", printed)[1])
     assert 0 <= worst < 3
-    main(["mixture", str(folder), "--max-per-class", "all", "--temperature", "2", "--draws", "512"])
-    capsys.readouterr()
+    assert "training on 12 training tasks" in printed
+    main(["mixture", str(folder), "--max-per-class", "all", "--temperature", "2", "--draws", "512", "--denoising", "0"])
+    assert "span corruption: target 0.000, 0.000 of 512 draws" in capsys.readouterr().out
+    corpus = Corpus.open(folder)
+    category = next(task.category for task in corpus.tasks if task.role == "train")
+    out = {task.task_id for task in corpus.tasks if task.category == category}
+    arguments = ["mixture", str(folder), "--holdout-categories", category, "--draws", "30", "--no-class-balance"]
+    main([*arguments, "--denoising", "0.9", "--max-per-task", "3", "--show", "99"])
+    lines = capsys.readouterr().out.splitlines()
+    share = float(re.search(r"target 0.900, ([0-9.]+) of 30 draws", "\n".join(lines))[1])
+    assert share > 0.6
+    assert not out & {word for line in lines for word in line.split()}
+    assert "hold-out category 'x' is unknown" in fails(capsys, "mixture", folder, "--holdout-categories", "x")
+    assert "denoising is 1.0" in fails(capsys, "mixture", folder, "--denoising", 1)
     assert "max_per_task is 0" in fails(capsys, "mixture", folder, "--max-per-task", 0)
+    for draws in (-3, 0):
+        assert f"--draws is {draws}" in fails(capsys, "mixture", folder, "--draws", draws)
     assert "asked for 31 training tasks" in fails(capsys, "mixture", folder, "--num-tasks", 31)
 
 

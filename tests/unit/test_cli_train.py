@@ -17,8 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_zeroprompt.cli.config import config_dir, report_user_errors
 from lightning_zeroprompt.cli.evaluate import evaluate
 from lightning_zeroprompt.cli.train import train
+from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.corpus import Corpus
+from lightning_zeroprompt.data.describe import corpus_summary
 from lightning_zeroprompt.data.mixture import select_tasks
+from lightning_zeroprompt.data.task import Example, PromptTemplate, Task
+from lightning_zeroprompt.data.tokenizer import ByteTokenizer
 
 # Few examples leave 5 % empty, and the instance level is the one with the fewest samples.
 TINY = (
@@ -226,6 +230,18 @@ def refused(capsys, story):
         (["data.compiled=nowhere"], "nowhere"),
         (["data=parquet", "data.path=nowhere"], "nowhere"),
         (["data=parquet", "data.tokenizer=byte"], "data.path"),
+        (["+mixture.denoise=0.5"], "mixture.denoise is unknown; mixture has: block_size, category_exponent, "),
+        (["+data.num_task=3"], "data.num_task is unknown; data has: "),
+        (["+data.compile.max_example=3"], "data.compile.max_example is unknown; data.compile has: "),
+        (["+data.options.example=3"], "source 'builtin' has no option 'example'; it has: examples_per_task, "),
+        (["+model.siez=tiny"], "model.siez is unknown; model has: compile, dropout, "),
+        (["+model.soft_prompt.size=3"], "model.soft_prompt.size is unknown; model.soft_prompt has: dropout, "),
+        (["+optimizer.beta=0.9"], "optimizer.beta is unknown; optimizer has: beta1, beta2, "),
+        (["+eval.level=task"], "eval.level is unknown; eval has: examples_per_task, "),
+        (["+trainer.max_step=3"], "trainer.max_step is unknown; trainer has: accelerator, "),
+        (["+callbacks.checkpoint.top=3"], "callbacks.checkpoint.top is unknown; callbacks.checkpoint has: "),
+        (["+callbacks.other=3"], "callbacks.other is 3; it must be a mapping with a _target_"),
+        (["+strategy.devices=3"], "strategy.devices is unknown; strategy has: strategy"),
         (["eval.levels=[famlily]"], "give one or more of category, task, instance"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -240,6 +256,33 @@ def test_bad_settings_are_one_line_before_training(finished, tiny, tmp_path, cap
     assert message in refused(capsys, lambda: train(config))
     assert not list(tmp_path.rglob("results*"))
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_training_tasks_of_heldout_families_are_refused_or_dropped(tiny, tmp_path, capsys):
+    def task(name, category, family):
+        examples = [Example(input=f"{name} {i}", outputs=(f"{i}",)) for i in range(12)]
+        return Task(
+            task_id=name,
+            category=category,
+            family=family,
+            templates=(PromptTemplate(name="t", text="{input}"),),
+            examples=lambda: iter(examples),
+            tier=int(name == "c"),
+        )
+
+    tasks = [task("a", "x", "1"), task("b", "x", "2"), task("c", "x", "3"), task("d", "y", "2")]
+    corpus = compile_tasks(tasks, tmp_path / "c", tokenizer=ByteTokenizer(), heldout_fraction=0.2, progress=False)
+    given = (f"data.compiled={corpus.path}", "data.holdout_categories=[y]", "data.num_tasks=null")
+    message = refused(capsys, lambda: train(tiny(tmp_path / "run", *given)))
+    assert "family '2' has the training task 'b' and the held-out task 'd'" in message
+    assert "data.drop_shared_families=true" in message
+    train(tiny(tmp_path / "run", *given, "data.drop_shared_families=true"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "training on 2 training tasks (2 families), 1 of them beyond the core with 1 new families" in printed
+    assert "1 tasks held out; 1 training tasks of held-out families dropped" in printed
+    assert corpus_summary(corpus).splitlines()[1] in printed
+    rows = list(csv.DictReader((tmp_path / "run" / "results.csv").open(encoding="utf-8")))
+    assert {(row["task_id"], row["level"]) for row in rows} == {("d", "category"), ("a", "instance"), ("c", "instance")}
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):

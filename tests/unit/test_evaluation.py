@@ -371,3 +371,40 @@ def test_instances_that_a_sibling_task_trains_on_are_left_out(tmp_path):
     assert len(sampled["c"].rows) == corpus.tasks[2].num_heldout_rows
     alone = plan_evaluation(corpus, [0, 2], settings).samples
     assert [len(sample.rows) for sample in alone] == [corpus.tasks[index].num_heldout_rows for index in (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("trained", "kept_out", "is_same"),
+    [
+        ({"outputs": ("a", "b")}, {"outputs": ("b", "c")}, True),
+        ({"outputs": ("a", "b")}, {"outputs": ("c", "d")}, False),
+        ({"fields": {"premise": "p"}}, {"fields": {"premise": "p"}}, True),
+        ({"fields": {"premise": "p"}}, {"fields": {"premise": "q"}}, False),
+        ({"fields": {"premise": "p", "hypothesis": "h"}}, {"fields": {"first": "h", "second": "p"}}, True),
+        ({"fields": {"premise": "p"}}, {}, False),
+        ({"fields": {"text": "{input}"}}, {}, True),
+    ],
+)
+def test_an_instance_is_compared_as_a_whole(tmp_path, trained, kept_out, is_same):
+    def task(name, more):
+        def examples():
+            for i in range(60):
+                fields = {key: value.format(input=f"input {i}") for key, value in more.get("fields", {}).items()}
+                yield Example(input=f"input {i}", outputs=more.get("outputs", ("a",)), fields=fields)
+
+        templates = (PromptTemplate(name="a", text="{input}"),)
+        return Task(task_id=name, category="c", family=name, templates=templates, examples=examples)
+
+    tasks = [task("one", trained), task("other", kept_out)]
+    corpus = compile_tasks(tasks, tmp_path / "c", tokenizer=ByteTokenizer(), heldout_fraction=0.2, progress=False)
+
+    def inputs(rows):
+        return {corpus.tokenizer.decode(corpus.segment(corpus.row_first_segment[row]).tolist()) for row in rows}
+
+    one, other = corpus.tasks
+    of_one = inputs(range(one.first_row, one.first_row + one.num_train_rows))
+    of_other = inputs(range(other.first_row + other.num_train_rows, other.first_row + other.num_rows))
+    settings = EvaluationSettings(examples_per_task=None, levels=("instance",))
+    samples = {sample.task.task_id: sample.rows for sample in plan_evaluation(corpus, [0, 1], settings).samples}
+    assert of_one & of_other
+    assert inputs(samples["other"]) == (of_other - of_one if is_same else of_other)

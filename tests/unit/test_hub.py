@@ -157,6 +157,39 @@ def test_compiles(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "load", ["path: {folder}", "path: json, data_dir: {folder}", "path: json, data_files: x.jsonl"]
+)
+def test_changed_examples_are_noticed(tmp_path, load):
+    from lightning_zeroprompt.data.corpus import CorpusError
+    from lightning_zeroprompt.data.prepare import compile_source
+
+    folder = tmp_path if "data_files" in load else tmp_path / "rows"
+    folder.mkdir(exist_ok=True)
+    mapping = tmp_path / "mapping.yaml"
+    mapping.write_text(f"load: {{{load.format(folder=folder)}}}\ninput: text\noutput: label\n")
+
+    def corpus(text, existing):
+        json_lines(folder / "x.jsonl", [{"text": text, "label": "b"}])
+        return compile_source("hub", mapping, tmp_path / "c", tokenizer="byte", progress=False, existing=existing)
+
+    first = corpus("one", "reuse")
+    (folder / ".hidden").write_text("nothing")
+    assert corpus("one", "reuse").fingerprint == first.fingerprint
+    with pytest.raises(CorpusError, match=r"other settings \(source: "):
+        corpus("two", "reuse")
+    assert corpus("two", "replace").segment(0).tobytes() != first.segment(0).tobytes()
+
+
+def test_data_whose_changes_cannot_be_seen_are_warned_of(tmp_path, caplog):
+    mapping = tmp_path / "mapping.yaml"
+    for load, warned in (("path: some/data", True), ("path: some/data, revision: abc", False)):
+        caplog.clear()
+        mapping.write_text(f"load: {{{load}}}\ninput: text\noutput: label\n")
+        assert local_files(mapping) == [("mapping", mapping)]
+        assert ("without asking whether the data have changed" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"wrong": 1}, "unknown entry wrong; known: load"),
@@ -176,6 +209,61 @@ def test_bad_mappings_are_explained(tmp_path, changes, message):
         [list(task.examples()) for task in hub_tasks(reviews(tmp_path, **changes))]
 
 
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        ("load: json", "load"),
+        ("load: {path: 3}", "load.path"),
+        ("load: {path: json, data_files: {train: 3}}", "load.data_files"),
+        ("load: {path: json, data_files: {train: x}}\nper_file: true", "load.data_files"),
+        ("load: {path: json, name: {a: b}}", "load.name"),
+        ("load: {path: json, revision: 2020-01-01}", "load"),
+        ("input: [3]", "input"),
+        ("input: []", "input"),
+        ("input: {text: value}", "input"),
+        ("output: [label]", "output"),
+        ("options: [good, bad]", "options"),
+        ("options: {value: good}", "options"),
+        ("options: {value: [yes, no]}", "options"),
+        ("instructions: [Good]", "instructions"),
+        ("instructions: {value: 3}", "instructions"),
+        ("instructions: {value: [{text: Good}]}", "instructions"),
+        ("templates: {name: a, text: b}", "templates"),
+        ("templates: [text]", "templates"),
+        ("templates: [{name: a, text: [b]}]", "templates"),
+        ("templates: [{name: a, text: b, verbalizer: yes}]", "templates"),
+        ("templates: [{name: a, text: b, 3: c}]", "templates"),
+        ("fields: text", "fields"),
+        ("fields: [text]", "fields"),
+        ("where: kind", "where"),
+        ("instances: [a]", "instances"),
+        ("task_id: [kind]", "task_id"),
+        ("category: 3", "category"),
+        ("category: {value: {a: b}}", "category"),
+        ("per_file: 'no'", "per_file"),
+        ("strip: 1", "strip"),
+        ("role: test", "role"),
+        ("metric: bleu", "metric"),
+        ("3: x", "unknown entry 3"),
+    ],
+)
+def test_entries_of_a_wrong_type_are_named_with_their_file(tmp_path, entry, key):
+    lines = {"load": "load: {path: json, data_files: x.jsonl}", "input": "input: text", "output": "output: label"}
+    lines[entry.split(":")[0]] = entry
+    (tmp_path / "mapping.yaml").write_text("\n".join(lines.values()))
+    with pytest.raises(TaskError, match=rf"mapping\.yaml.*\b{key}\b"):
+        hub_tasks(tmp_path / "mapping.yaml")
+
+
+@pytest.mark.parametrize("key", ["options", "instructions", "instances"])
+def test_columns_of_a_wrong_type_are_named(tmp_path, key):
+    wrong = {"a": 1} if key == "instructions" else "no list"
+    file = json_lines(tmp_path / "x.jsonl", [{"text": "x", "label": "good", "wrong": wrong}])
+    mapping = {"load": {"path": "json", "data_files": str(file)}, "input": "text", "output": "label", key: "wrong"}
+    with pytest.raises(TaskError, match=f"'{key}' names a column that holds .*, which is not a list"):
+        [list(task.examples()) for task in hub_tasks(mapping)]
+
+
 def test_bad_files_are_explained(tmp_path):
     with pytest.raises(TaskError, match="there is no mapping"):
         read_mapping(tmp_path / "x.yaml")
@@ -188,6 +276,22 @@ def test_bad_files_are_explained(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": ')
     with pytest.raises(TaskError, match=r"load_dataset\(.*\) failed"):
         hub_tasks(reviews(tmp_path, load={"path": "json", "data_files": str(tmp_path / "broken.jsonl")}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("csv", "text,label\nplain,a\ncaf\xe9,b\n"), ("json", '{"text": "caf\xe9", "label": "b"}\n')]
+)
+def test_files_that_are_not_utf8_are_named(tmp_path, kind, text):
+    (tmp_path / f"good.{kind}").write_text(text, encoding="utf-8")
+    (tmp_path / f"bad.{kind}").write_text(text, encoding="latin-1")
+    load = {"path": kind, "data_files": [str(tmp_path / f"{name}.{kind}") for name in ("good", "bad")]}
+    mapping = {"load": load, "input": "text", "output": "label"}
+    message = rf"^\S*bad\.{kind} is not utf-8 \(.*, byte 0xe9\); convert it to UTF-8, or name its own encoding"
+    with pytest.raises(TaskError, match=message):
+        [list(task.examples()) for task in hub_tasks(mapping)]
+    mapping["load"] = {"path": kind, "data_files": load["data_files"][1], "encoding": "latin-1"}
+    (task,) = hub_tasks(mapping)
+    assert [example.input for example in task.examples()][-1] == "caf\xe9"
 
 
 def test_importing_the_module_imports_no_datasets():

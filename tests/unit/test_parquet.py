@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lightning_zeroprompt.data.sources.parquet import COLUMNS, parquet_files, parquet_tasks, selection_summary
+from lightning_zeroprompt.data.describe import task_counts
+from lightning_zeroprompt.data.sources.parquet import COLUMNS, parquet_files, parquet_tasks
 from lightning_zeroprompt.data.task import TaskError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
+CONSTANT = ("family", "category", "language", "tier", "benchmark", "source", "licence")
 DATA = Path(os.environ.get("ZEROPROMPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
 
@@ -91,8 +93,8 @@ def test_choices_are_core_first_stratified_and_nested(folder):
     beyond = collections.Counter(int(name[5:]) % 2 for name in picks[12] if name.startswith("extra"))
     assert set(beyond.values()) == {2}
     assert len({frozenset(chosen(4, seed)) for seed in range(6)}) > 1
-    tasks = parquet_tasks(folder, num_tasks=12)
-    assert selection_summary(tasks) == {"core_tasks": 9, "extra_tasks": 3, "core_families": 9, "new_families": 1}
+    expected = "12 training tasks (10 families), 3 of them beyond the core with 1 new families, 1 held out"
+    assert task_counts(parquet_tasks(folder, num_tasks=12)) == expected
 
 
 def test_every_prefix_holds_its_share_of_unequal_categories(tmp_path):
@@ -123,7 +125,6 @@ def test_instructions_become_templates(folder):
         ([row("t", i, options=["a", "b"] if i % 2 else ["b", "a"], outputs=["a"]) for i in range(4)], True),
         ([row("t", i, options=["a", "b"], outputs=["a"], input="x\nOptions: a, b") for i in range(4)], False),
         ([row("t", i, options=["a", f"b{i}"], outputs=["a"]) for i in range(4)], False),
-        ([row("t", i, options=["a", "b"] if i else None, outputs=["a"]) for i in range(4)], False),
         ([row("t", i, options=[f"o{k}" for k in range(50)], outputs=["o1"]) for i in range(4)], False),
         ([row("t", i) for i in range(4)], False),
     ],
@@ -205,13 +206,41 @@ def test_bad_content(tmp_path):
         listed([row("t", tier="huge")])
     with pytest.raises(TaskError, match=r"'t', example 1 .* null text"):
         list(listed([row("t"), row("t", input=None)])[0].examples())
+    with pytest.raises(TaskError, match=r"'t', example 0 .* null text"):
+        list(listed([row("t", input=None, options=["a", "b"]), row("t", input=None, options=["a", "b"])])[0].examples())
     (tmp_path / "d" / "train.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(TaskError, match="could not be read as parquet"):
         parquet_tasks(tmp_path / "d", splits=("train",))
     listed([row("t")])
-    (tmp_path / "d" / "tasks.jsonl").write_text('{"task": "t"}\n')
-    with pytest.raises(TaskError, match=r"tasks\.jsonl, line 1: KeyError"):
-        parquet_tasks(tmp_path / "d", splits=("train",))
+    for lines, message in (
+        (['{"task": "t"}'], "line 1: KeyError"),
+        (["[1]"], "line 1: TypeError"),
+        (['{"task": "t", "instructions": "Do it."}'], "line 1: task 't' has the instructions 'Do it.'; every line"),
+        (['{"task": "t", "instructions": [1]}'], "line 1: task 't' has the instructions"),
+        (['{"task": 3, "instructions": []}'], "line 1: task 3 has"),
+        (['{"task": "t", "instructions": ["a"]}'] * 2, "line 2: task 't' stands on an earlier line too"),
+    ):
+        (tmp_path / "d" / "tasks.jsonl").write_text("\n".join(lines))
+        with pytest.raises(TaskError, match=rf"tasks\.jsonl, {message}"):
+            parquet_tasks(tmp_path / "d", splits=("train",))
+
+
+@pytest.mark.parametrize("size", [1, 100])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({name: "other"}, f"{name} is {row('t')[name]!r} in some .* and 'other' in others") for name in CONSTANT),
+        ({"licence": None}, "licence is 'MIT' in some .* and None in others"),
+        ({"options": ["a", "b"]}, "options is None in some .* and 'given' in others"),
+    ],
+)
+def test_two_tasks_of_one_id_are_refused(tmp_path, changes, message, size):
+    rows = [row("t"), row("u", category="x"), row("t", 1), row("t", 2, **changes)]
+    write(tmp_path / "d", "train", rows, row_group_size=size)
+    with pytest.raises(TaskError, match=rf"train\.parquet: two tasks have the id 't': {message}"):
+        parquet_tasks(tmp_path / "d", splits=("train",), num_tasks=None)
+    write(tmp_path / "d", "train", [row("t"), row("t", instruction="Other words.")], row_group_size=size)
+    assert len(parquet_tasks(tmp_path / "d", splits=("train",), num_tasks=None)) == 1
 
 
 def test_bytes_that_are_not_utf8_are_refused(tmp_path):

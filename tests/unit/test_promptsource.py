@@ -148,6 +148,7 @@ def test_templates_for_other_tasks_are_left_out_unless_asked_for(tmp_path):
         ("{{ premise.__init__.__globals__ }} ||| x", "is unsafe"),
         ("{{ 'a' * 99999999999 }} ||| x", r"is unsafe: the operator '\*'"),
         ("{{ range(99999999) | list }} ||| x", "could not be rendered"),
+        ("{{ premise | xmlattr }} ||| x", "could not be rendered"),
         ("{% include 'x' %} ||| x", "could not be rendered"),
         ("{{ premise ||| x", "is not valid Jinja"),
         ("{{ premise | nothing }} ||| x", "is not valid Jinja"),
@@ -160,6 +161,63 @@ def test_templates_for_other_tasks_are_left_out_unless_asked_for(tmp_path):
 def test_bad_templates_are_explained(tmp_path, jinja, message):
     with pytest.raises(TaskError, match=f"template 't0' .*({message})"):
         write(tmp_path, [jinja])
+
+
+WIDE = "the width .* is over the limit of 1,000"
+LONG = "builds a text or list of .* or more, over the limit of 1,000,000"
+
+
+@pytest.mark.parametrize(
+    ("jinja", "message"),
+    [
+        ("{{ '%999999999d' % 1 }}", WIDE),
+        ("{{ '%(a)-999999999d' % {'a': 1} }}", WIDE),
+        ("{{ '%.*f' % (999999999, 1.5) }}", WIDE),
+        ("{{ '%.999999999f' | format(1.5) }}", WIDE),
+        ("{{ '{:>999999999}'.format(1) }}", WIDE),
+        ("{{ '{:>{w}}'.format_map({'': 1, 'w': 999999999}) }}", "could not be rendered"),
+        ("{{ '{0:>{1}}'.format(1, 999999999) }}", WIDE),
+        ("{{ a.center(999999999) }}", WIDE),
+        ("{{ a.ljust(999999999) }}", WIDE),
+        ("{{ a.zfill(999999999) }}", WIDE),
+        ("{{ '\t'.expandtabs(999999999) }}", WIDE),
+        ("{{ (1).to_bytes(999999999, 'big') }}", WIDE),
+        ("{{ a | center(999999999) }}", WIDE),
+        ("{{ a | center(width=999999999) }}", WIDE),
+        ("{{ a | indent(999999999, True) }}", WIDE),
+        ("{{ [a] | map('center', 999999999) | list }}", WIDE),
+        ("{{ [a] | batch(999999999, 0) | list }}", WIDE),
+        ("{{ [a] | tojson(indent=999999999) }}", WIDE),
+        ("{% set b = range(9999) | join %}{{ a | wordwrap(1, wrapstring=b) }}", "a filter is given"),
+        ("{% set b = range(99999) | join %}{{ b.replace('', b) }}", LONG),
+        ("{% set b = range(99999) | join %}{{ b | replace('', b) }}", LONG),
+        ("{% set b = range(99999) | join %}{{ b.join(['', '', '', '']) }}", LONG),
+        ("{% set b = range(99999) | join %}{{ range(99999) | join(b) }}", LONG),
+        ("{% set b = range(99999) | join %}{{ b ~ b ~ b }}", LONG),
+        ("{% set b = range(99999) | join %}{{ b + b + b }}", LONG),
+        ("{% set b = range(99999) | list %}{% set c = b + b + b + b + b + b %}{{ (c + c) | length }}", LONG),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", LONG),
+        ("{% macro m(s) %}{{ s }}{{ s }}{% endmacro %}{% set b = range(99999) | join %}{{ m(m(b)) | length }}", LONG),
+        ("{{ a.translate({102: 'x'}) }}", "access to attribute 'translate'"),
+    ],
+)
+def test_templates_cannot_build_long_texts(jinja, message):
+    with pytest.raises(TaskError, match=message):
+        JinjaTemplate("t", jinja + " ||| x").render({"a": "first"})
+
+
+def test_formats_joins_and_paddings_of_usual_size_work():
+    for jinja, expected in (
+        ("{{ '%05.1f' % n }} {{ '%s %s' | format(n, a) }} {{ 7 % 4 }}", "002.5 2.5 first 3"),
+        ("{{ '{:>8,}|{x}|{0.real}'.format(1234567, x=a) }}", "1,234,567|first|1234567"),
+        ("{{ '{a}: {n:.2f}'.format_map({'a': a, 'n': n}) }}", "first: 2.50"),
+        ("{{ a ~ n ~ '!' }} {{ a + 'x' }} {{ (n + 1) ~ '' }}", "first2.5! firstx 3.5"),
+        ("{{ a.center(9) }}|{{ a | center(9) }}|{{ 'x\ny' | indent(2) }}", "first  |  first  |x\n  y"),
+        ("{{ ', '.join(['a', 'b']) }} {{ [1, 2] | join('-') }} {{ [{'k': 1}] | join(attribute='k') }}", "a, b 1-2 1"),
+        ("{{ a.replace('f', 'ff') }} {{ a | replace('s', '') }} {{ a | wordwrap(2) }}", "ffirst firt fi\nrs\nt"),
+        ("{% macro m(s) %}<{{ s }}>{% endmacro %}{{ m(a) | upper }} {{ [a] | tojson }}", '<FIRST> ["first"]'),
+    ):
+        assert JinjaTemplate("t", jinja + " ||| x").render({"a": "first", "n": 2.5}).prompt == expected
 
 
 def test_bad_files_are_explained(tmp_path):

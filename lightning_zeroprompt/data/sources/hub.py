@@ -27,11 +27,12 @@ import dataclasses
 import functools
 import glob
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lightning_zeroprompt.data.task import Example, PromptTemplate, Task, TaskError
+from lightning_zeroprompt.data.task import Example, Metric, PromptTemplate, Role, Task, TaskError
 
 __all__ = ["KEYS", "hub_tasks", "local_files", "read_mapping"]
 
@@ -60,7 +61,99 @@ KEYS: dict[str, str] = {
 }
 """Entries of a mapping and what they mean."""
 
+_log = logging.getLogger(__name__)
 _TEXTS = ("category", "family", "language", "licence", "domain", "benchmark", "source")
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str)
+
+
+def _is_texts(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, list) and all(map(_is_text, given)))
+
+
+def _is_words(given: Any) -> bool:
+    # YAML reads yes, no, on and off as truth values, and no prompt means to offer True and False for them.
+    return isinstance(given, list) and all(isinstance(w, str | int) and not isinstance(w, bool) for w in given)
+
+
+def _is_scalar(given: Any) -> bool:
+    return isinstance(given, str | int | float)
+
+
+def _is_column(given: Any, fits: Callable[[Any], bool] = lambda _: True) -> bool:
+    """A column's name, or ``{value: ...}`` with a constant that fits."""
+    return isinstance(given, str) or (isinstance(given, Mapping) and set(given) == {"value"} and fits(given["value"]))
+
+
+def _is_named(given: Any, fits: Callable[[Any], bool] = lambda _: True) -> bool:
+    return isinstance(given, Mapping) and all(isinstance(name, str) and fits(value) for name, value in given.items())
+
+
+def _is_template(given: Any) -> bool:
+    known = {field.name for field in dataclasses.fields(PromptTemplate)}
+    if not isinstance(given, Mapping) or not {"name", "text"} <= set(given) <= known:
+        return False
+    return all(_is_words(value) if name == "verbalizer" else _is_text(value) for name, value in given.items())
+
+
+_COLUMN = "a column name or {value: ...}"
+_BOOL = ("true or false", lambda given: isinstance(given, bool))
+_SCALAR = (f"{_COLUMN} with a text", functools.partial(_is_column, fits=_is_scalar))
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "load.path": ("a text", _is_text),
+    "load.split": ("a text", _is_text),
+    "load.data_dir": ("a text", _is_text),
+    "load.name": ("a text or a list of texts", _is_texts),
+    "load.data_files": (
+        "a file, a list of files or a mapping of splits to files",
+        lambda given: _is_texts(given) or _is_named(given, _is_texts),
+    ),
+    "per_file": _BOOL,
+    "where": ("a mapping of columns to values", _is_named),
+    "task_id": _SCALAR,
+    **dict.fromkeys(_TEXTS, _SCALAR),
+    "instructions": (
+        f"{_COLUMN} with a text or a list of texts",
+        functools.partial(_is_column, fits=_is_texts),
+    ),
+    "templates": (
+        "a list of templates; each needs name and text, and may have role, option_separator, instruction (all texts) "
+        "and verbalizer (a list of words)",
+        lambda given: isinstance(given, list) and all(map(_is_template, given)),
+    ),
+    "instances": ("a column name", _is_text),
+    "input": (
+        f"{_COLUMN}, or a list of them",
+        lambda given: all(map(_is_column, given)) if isinstance(given, list) and given else _is_column(given),
+    ),
+    "output": (_COLUMN, _is_column),
+    "options": (
+        f"{_COLUMN} with a list of words (yes, no, on and off in quotes)",
+        functools.partial(_is_column, fits=_is_words),
+    ),
+    "fields": ("a mapping of field names to columns", functools.partial(_is_named, fits=_is_column)),
+    "strip": _BOOL,
+    "role": ("train or heldout", lambda given: given in get_args(Role)),
+    "metric": ("exact_match or rouge_l", lambda given: given in get_args(Metric)),
+}
+"""What an entry must be, in words and as a test."""
+
+
+def _check_types(where: str, mapping: Mapping[str, Any]) -> None:
+    entries = {**mapping, **{f"load.{key}": value for key, value in mapping["load"].items()}}
+    for key, (expected, fits) in _TYPES.items():
+        if key in entries and not fits(entries[key]):
+            raise TaskError(f"{where}: entry {key!r} must be {expected}, not {entries[key]!r}")
+    if mapping.get("per_file") and not _is_texts(entries.get("load.data_files", "")):
+        raise TaskError(f"{where}: with per_file, entry 'load.data_files' must be a file or a list of files")
+    try:
+        json.dumps(mapping["load"], sort_keys=True)
+    except TypeError as error:
+        raise TaskError(
+            f"{where}: entry 'load' has a value that is no text, number or list ({error}); quote it"
+        ) from None
 
 
 def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -71,7 +164,7 @@ def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any
         load: Replaces entries of the mapping's ``load``; None removes an entry.
 
     Raises:
-        TaskError: The file is missing or not YAML, an entry is unknown, or a needed one is missing.
+        TaskError: The file is missing or not YAML, an entry is unknown or of a wrong type, or a needed one is missing.
     """
     import yaml
 
@@ -89,7 +182,8 @@ def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any
             raise TaskError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, Mapping):
         raise TaskError(f"{where} must be a mapping with the entries {', '.join(KEYS)}")
-    unknown = sorted(set(content) - set(KEYS))
+    content = {key: value for key, value in content.items() if value is not None}
+    unknown = sorted(map(str, set(content) - set(KEYS)))
     if unknown:
         raise TaskError(f"{where} has the unknown entry {', '.join(unknown)}; known: {', '.join(KEYS)}")
     missing = [key for key in ("load", "input", "output") if key not in content]
@@ -100,29 +194,77 @@ def read_mapping(mapping: str | Path | Mapping[str, Any], load: Mapping[str, Any
     checked = dict(content)
     merged = {**checked["load"], **(load or {})}
     checked["load"] = {key: value for key, value in merged.items() if value is not None}
+    _check_types(where, checked)
     files = checked["load"].get("data_files")
-    if folder is not None and isinstance(files, str | list):
+    if folder is not None and isinstance(files, str | list) and not _folders(checked["load"]):
         names = [files] if isinstance(files, str) else files
         local = [name if "://" in name or glob.glob(name) else str(folder / name) for name in names]
         checked["load"] = {**checked["load"], "data_files": local}
     return checked
 
 
+def _folders(load: Mapping[str, Any]) -> list[Path]:
+    return [Path(load[key]) for key in ("path", "data_dir") if key in load and Path(load[key]).is_dir()]
+
+
+def _local(load: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """The local files that ``load`` names, by pattern or by folder, with names that do not depend on where they lie."""
+    found = load.get("data_files") or []
+    flat = found.values() if isinstance(found, Mapping) else [found]
+    patterns = [pattern for entry in flat for pattern in ([entry] if isinstance(entry, str) else entry)]
+    files = [Path(file) for pattern in patterns for file in glob.glob(pattern, recursive=True)]
+    named = {file: file.name for file in files}
+    for folder in _folders(load):
+        # As in datasets, hidden files are no data.
+        inside = {file: file.relative_to(folder) for file in folder.rglob("*")}
+        named |= {file: str(name) for file, name in inside.items() if not any(p.startswith(".") for p in name.parts)}
+    return [(name, file) for file, name in sorted(named.items()) if file.is_file()]
+
+
 def local_files(mapping: str | Path, load: Mapping[str, Any] | None = None) -> list[tuple[str, Path]]:
     """The mapping file and the local data files it names, each with a name that does not depend on its folder.
+
+    Data on the hub are not looked at; a mapping that leaves their revision open is warned of.
 
     Raises:
         TaskError: The mapping cannot be used.
     """
-    found = read_mapping(mapping, load)["load"].get("data_files") or []
-    flat = found.values() if isinstance(found, Mapping) else [found]
-    patterns = [pattern for entry in flat for pattern in ([entry] if isinstance(entry, str) else entry)]
-    files = sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True))
-    return [("mapping", Path(mapping)), *((Path(file).name, Path(file)) for file in files)]
+    found = read_mapping(mapping, load)["load"]
+    files = _local(found)
+    if not files and "revision" not in found:
+        _log.warning(
+            "%s names no local files and no revision: a corpus compiled from it is used again without asking whether "
+            "the data have changed; give 'revision' under 'load' to fix them",
+            mapping,
+        )
+    return [("mapping", Path(mapping)), *files]
+
+
+def _other_encoding(load: Mapping[str, Any], error: UnicodeDecodeError) -> TaskError:
+    """What to say of data that is not in the encoding it was read with, naming the files."""
+    encoding = load.get("encoding", "utf-8")
+    refused = []
+    for _, file in _local(load):
+        try:
+            with file.open(encoding=encoding) as stream:
+                collections.deque(stream, maxlen=0)
+        except UnicodeError:
+            refused.append(str(file))
+    found = f"{error.reason}, byte {error.object[error.start]:#x}"
+    return TaskError(
+        f"{', '.join(refused) or load['path']} is not {encoding} ({found}); convert it to UTF-8, "
+        "or name its own encoding in the mapping, such as load: {encoding: latin-1}"
+    )
+
+
+def _load(arguments: str) -> Any:
+    stats = [file.stat() for _, file in _local(json.loads(arguments))]
+    return _loaded(arguments, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
 
 
 @functools.lru_cache(maxsize=1)
-def _load(arguments: str) -> Any:
+def _loaded(arguments: str, stamps: tuple[tuple[int, int], ...]) -> Any:
+    """The dataset; ``stamps`` of its local files only tell old content from new."""
     import datasets
 
     kwargs = json.loads(arguments)
@@ -132,6 +274,9 @@ def _load(arguments: str) -> Any:
         dataset = datasets.load_dataset(**{"split": "train", **kwargs})
     except Exception as error:
         # load_dataset raises as many kinds as there are builders; all mean that this mapping loads nothing.
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if isinstance(error, UnicodeDecodeError):
+            raise _other_encoding(kwargs, error) from None
         raise TaskError(
             f"datasets.load_dataset({', '.join(f'{k}={v!r}' for k, v in kwargs.items())}) failed: "
             f"{type(error).__name__}: "
@@ -148,8 +293,6 @@ def _load(arguments: str) -> Any:
 def _value(row: Mapping[str, Any], spec: Any, what: str) -> Any:
     """A constant, or the content of a column; dots go into nested columns."""
     if isinstance(spec, Mapping):
-        if set(spec) != {"value"}:
-            raise TaskError(f"mapping entry {what!r} must be a column name or {{value: ...}}, not {dict(spec)!r}")
         return spec["value"]
     content: Any = row
     for part in str(spec).split("."):
@@ -171,6 +314,14 @@ def _text(content: Any, what: str) -> str:
     raise TaskError(f"mapping entry {what!r} gives a {type(content).__name__}, not a text; map one of its columns")
 
 
+def _list(content: Any, what: str) -> list[Any]:
+    if not isinstance(content, list):
+        raise TaskError(
+            f"mapping entry {what!r} names a column that holds {content!r}, which is not a list; map another"
+        )
+    return content
+
+
 def _rows(mapping: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     if "instances" not in mapping:
         yield row
@@ -179,7 +330,7 @@ def _rows(mapping: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Mappin
     if isinstance(nested, Mapping):
         # Older versions of datasets turn a list of records into a record of lists.
         nested = [dict(zip(nested, values, strict=True)) for values in zip(*nested.values(), strict=True)]
-    yield from nested
+    yield from _list(nested, "instances")
 
 
 def _example(mapping: Mapping[str, Any], row: Mapping[str, Any], names: Sequence[str] | None) -> Example:
@@ -187,9 +338,9 @@ def _example(mapping: Mapping[str, Any], row: Mapping[str, Any], names: Sequence
     columns = mapping["input"] if isinstance(mapping["input"], list) else [mapping["input"]]
     text = "\n".join(_text(_value(row, column, "input"), "input") for column in columns)
     options: list[str] | None = None
-    if mapping.get("options") is not None:
+    if "options" in mapping:
         given = _value(row, mapping["options"], "options")
-        options = None if given is None else [str(option) for option in given]
+        options = None if given is None else [str(option) for option in _list(given, "options")]
     elif names is not None:
         options = list(names)
     output = _value(row, mapping["output"], "output")
@@ -213,29 +364,32 @@ def _label_names(dataset: Any, mapping: Mapping[str, Any]) -> list[str] | None:
     return [str(name) for name in names] if names else None
 
 
+def _iterate(dataset: Any, arguments: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from dataset
+    except UnicodeDecodeError as error:
+        # JSON is stored as it stands; only its first use decodes it.
+        raise _other_encoding(json.loads(arguments), error) from None
+
+
 def _examples(mapping: Mapping[str, Any], arguments: str, rows: Sequence[int]) -> Iterator[Example]:
     dataset = _load(arguments)
     names = _label_names(dataset, mapping)
     for start in range(0, len(rows), 1000):
-        for row in dataset.select(rows[start : start + 1000]):
+        for row in _iterate(dataset.select(rows[start : start + 1000]), arguments):
             for instance in _rows(mapping, row):
                 yield _example(mapping, instance, names)
 
 
 def _templates(mapping: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[PromptTemplate, ...]:
     templates = []
-    if mapping.get("instructions") is not None:
+    if "instructions" in mapping:
         given = _value(row, mapping["instructions"], "instructions")
-        texts = [given] if isinstance(given, str) else list(given or ())
+        texts = [given] if isinstance(given, str) else _list(given or [], "instructions")
         templates = [PromptTemplate.from_instruction(str(t), name=f"instruction-{i}") for i, t in enumerate(texts)]
-    known = {field.name for field in dataclasses.fields(PromptTemplate)}
     for entry in mapping.get("templates", ()):
-        if not {"name", "text"} <= set(entry) <= known:
-            raise TaskError(
-                f"a template of the mapping has the entries {sorted(entry)}; it needs name and text, of {sorted(known)}"
-            )
-        words = entry.get("verbalizer")
-        templates.append(PromptTemplate(**{**entry, "verbalizer": None if words is None else tuple(words)}))
+        words = {"verbalizer": tuple(map(str, entry["verbalizer"]))} if "verbalizer" in entry else {}
+        templates.append(PromptTemplate(**{**entry, **words}))
     return tuple(templates) or (PromptTemplate(name="input", text="{input}"),)
 
 
@@ -287,7 +441,7 @@ def hub_tasks(mapping: str | Path | Mapping[str, Any], *, load: Mapping[str, Any
         rows: dict[str, list[int]] = collections.defaultdict(list)
         firsts: dict[str, Mapping[str, Any]] = {}
         # Without columns to look at, every row looks alike and iterating would cost for nothing.
-        described = enumerate(light) if needed else ((index, {}) for index in range(len(dataset)))
+        described = enumerate(_iterate(light, arguments)) if needed else ((index, {}) for index in range(len(dataset)))
         for index, row in described:
             if any(_value(row, column, "where") != wanted for column, wanted in mapping.get("where", {}).items()):
                 continue

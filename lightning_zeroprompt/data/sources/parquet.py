@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks from a folder of parquet files, one row an example.
 
-Every row names its task and carries the task's attributes (columns in :data:`COLUMNS`); ``tasks.jsonl`` beside the
-files may list more instructions a task. Files whose name begins with ``train`` train, all others are held out. Tasks
-are chosen by tier (core before extra), inside a tier in one seeded order of which every prefix holds its share of each
-category, so choices of different sizes are nested.
+Every row names its task and carries the task's attributes (columns in :data:`COLUMNS`), the same in all rows of the
+task but for the instruction; ``tasks.jsonl`` beside the files may list more instructions a task. Files whose name
+begins with ``train`` train, all others are held out. Tasks are chosen by tier (core before extra), inside a tier in one
+seeded order of which every prefix holds its share of each category, so choices of different sizes are nested.
 
 Listing reads each file once, row group by row group, and keeps only where each task's rows lie; compiling reads each
 row group once more, as long as a task's rows lie together. 759,000 rows in five files take about 3 s to list.
 ``pyarrow`` is imported when a function is called.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from lightning_zeroprompt.data.task import Example, PromptTemplate, Task, TaskError
+from lightning_zeroprompt.data.mixture import stratified_order
+from lightning_zeroprompt.data.task import Example, PromptTemplate, Role, Task, TaskError
 
-__all__ = ["COLUMNS", "MAX_LISTED_OPTIONS", "parquet_files", "parquet_tasks", "selection_summary"]
+__all__ = ["COLUMNS", "MAX_LISTED_OPTIONS", "parquet_files", "parquet_tasks"]
 
 COLUMNS = {
     "task": "string",
@@ -47,6 +47,8 @@ MAX_LISTED_OPTIONS = 32
 
 _TIERS = {"core": 0, "extra": 1}
 _ATTRIBUTES = [name for name, kind in COLUMNS.items() if kind == "string" and name not in ("task", "input")]
+# One task may have several instructions; in everything else its rows agree.
+_CONSTANT = [name for name in _ATTRIBUTES if name != "instruction"]
 _SAMPLE = 512
 
 
@@ -60,6 +62,7 @@ class _Found:
     lengths: list[float] = dataclasses.field(default_factory=list)
     labels: set[frozenset[str]] = dataclasses.field(default_factory=set)
     has_free: bool = False
+    has_choice: bool = False
     num_rows: int = 0
     num_listing: int = 0
 
@@ -130,7 +133,22 @@ class _File:
                     found[name] = _Found(first=rows.select(_ATTRIBUTES).slice(0, 1).to_pylist()[0], file=self)
                 found[name].pieces.append((group, start, end))
                 _learn(found[name], rows)
+            self._refuse_merged(found, table)
         return found
+
+    def _refuse_merged(self, found: Mapping[str, _Found], table: Any) -> None:
+        """Rows of one id that describe different tasks."""
+        for record in table.group_by(["task", *_CONSTANT]).aggregate([]).to_pylist():
+            name, first = record["task"], found[record["task"]]
+            values = [(key, first.first[key], record[key]) for key in _CONSTANT if first.first[key] != record[key]]
+            if first.has_free and first.has_choice:
+                values.append(("options", None, "given"))
+            if values:
+                key, one, other = values[0]
+                raise TaskError(
+                    f"{self.path}: two tasks have the id {name!r}: {key} is {one!r} in some of its rows and {other!r} "
+                    "in others; give each task an id of its own"
+                )
 
     def examples(self, task: str, pieces: Sequence[tuple[int, int, int]]) -> Iterator[Example]:
         """Examples of one task."""
@@ -152,8 +170,9 @@ def _learn(found: _Found, rows: Any) -> None:
 
     found.num_rows += rows.num_rows
     found.has_free |= rows["options"].null_count > 0
+    found.has_choice |= rows["options"].null_count < rows.num_rows
     if not found.has_free:
-        found.num_listing += int(pc.sum(pc.match_substring(rows["input"], "Options:")).as_py())
+        found.num_listing += pc.sum(pc.match_substring(rows["input"], "Options:"), min_count=0).as_py()
         # A third distinct set adds nothing to "not closed".
         for options in rows["options"].to_pylist():
             found.labels.add(frozenset(options))
@@ -195,7 +214,7 @@ def parquet_files(
 
 
 def _instructions(path: Path) -> dict[str, list[str]]:
-    instructions = {}
+    instructions: dict[str, list[str]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -203,18 +222,21 @@ def _instructions(path: Path) -> dict[str, list[str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        expected = "every line is an object with 'task', a text, and 'instructions', a list of texts"
         try:
             record = json.loads(line)
-            instructions[str(record["task"])] = [str(text) for text in record["instructions"]]
+            name, texts = record["task"], record["instructions"]
         except (ValueError, KeyError, TypeError) as error:
-            raise TaskError(
-                f"{path}, line {number}: {type(error).__name__} {error}; every line is an object with 'task' and "
-                f"'instructions'"
-            ) from None
+            raise TaskError(f"{path}, line {number}: {type(error).__name__} {error}; {expected}") from None
+        if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise TaskError(f"{path}, line {number}: task {name!r} has the instructions {texts!r}; {expected}")
+        if name in instructions:
+            raise TaskError(f"{path}, line {number}: task {name!r} stands on an earlier line too; keep one of them")
+        instructions[name] = texts
     return instructions
 
 
-def _task(name: str, found: _Found, role: Literal["train", "heldout"], instructions: Sequence[str]) -> Task:
+def _task(name: str, found: _Found, role: Role, instructions: Sequence[str]) -> Task:
     first = {key: value or "" for key, value in found.first.items()}
     texts = list(dict.fromkeys(text.strip() for text in instructions if text.strip())) or [first["instruction"]]
     closed = not found.has_free and len(found.labels) == 1
@@ -246,20 +268,6 @@ def _task(name: str, found: _Found, role: Literal["train", "heldout"], instructi
         benchmark="" if role == "train" else first["benchmark"],
         training_allowed=not is_bigbench,
     )
-
-
-def _stratified(tasks: Sequence[Task], seed: int) -> list[Task]:
-    """Tasks by tier, inside a tier in a seeded order of which every prefix holds its share of each category."""
-    rng = np.random.default_rng([seed, 0x5A17])
-    groups: dict[tuple[int, str], list[Task]] = collections.defaultdict(list)
-    for task in tasks:
-        groups[task.tier, task.category].append(task)
-    ranked: list[tuple[int, float, str, Task]] = []
-    for (tier, category), members in sorted(groups.items()):
-        offset = rng.random()
-        order = rng.permutation(len(members)).tolist()
-        ranked += [(tier, (rank + offset) / len(members), category, members[i]) for rank, i in enumerate(order)]
-    return [task for *_, task in sorted(ranked, key=lambda entry: entry[:3])]
 
 
 def parquet_tasks(
@@ -303,7 +311,7 @@ def parquet_tasks(
     for file in files:
         if file.suffix != ".parquet":
             continue
-        role: Literal["train", "heldout"] = "train" if file.stem.startswith("train") else "heldout"
+        role: Role = "train" if file.stem.startswith("train") else "heldout"
         try:
             found = _File(file, latest).index()
         except UnicodeDecodeError as error:
@@ -318,17 +326,5 @@ def parquet_tasks(
         raise ValueError(
             f"asked for {num_tasks} training tasks, {path} has {len(train)}; ask for 1 to {len(train)} or add files"
         )
-    chosen = {task.task_id for task in _stratified(train, seed)[:num_tasks]}
-    return [task for task in train if task.task_id in chosen] + heldout
-
-
-def selection_summary(tasks: Sequence[Task]) -> dict[str, int]:
-    """Counts of a choice: core and extra tasks, families of the core, and families only in the extra tier."""
-    tiers = [[task for task in tasks if task.role == "train" and (task.tier > 0) == extra] for extra in (False, True)]
-    families = [{task.family for task in tier} for tier in tiers]
-    return {
-        "core_tasks": len(tiers[0]),
-        "extra_tasks": len(tiers[1]),
-        "core_families": len(families[0]),
-        "new_families": len(families[1] - families[0]),
-    }
+    order = stratified_order([(task.tier, task.category) for task in train], np.random.default_rng([seed, 0x5A17]))
+    return [train[number] for number in sorted(order[:num_tasks])] + heldout

@@ -9,10 +9,10 @@ around ``{{column}}`` and renders the same that way, it becomes a :class:`Prompt
 search can edit; any other is stored as rendered text in a field of its own. Fixed answer words become labels, other
 words for the same labels verbalizers.
 
-Templates come from outside, so they run in Jinja's immutable sandbox with strict undefined names, no loader, and no
-repetition operators; YAML is loaded without Python objects. Unlike promptsource, columns of more than 2,048 characters
-are not cut here: the compiler has its own limit. 114 templates over ten validation sets (6,909 rows) take about 4 s to
-list, most of it Jinja. ``jinja2``, ``yaml`` and ``pyarrow`` are imported when a function is called.
+Templates come from outside, so they run in a sandbox (:mod:`~lightning_zeroprompt.data.sources.jinja_sandbox`) with
+strict undefined names and no loader; YAML is loaded without Python objects. Unlike promptsource, columns of more than
+2,048 characters are not cut here: the compiler has its own limit. 114 templates over ten validation sets (6,909 rows)
+take about 4 s to list, most of it Jinja. ``jinja2``, ``yaml`` and ``pyarrow`` are imported when a function is called.
 """
 
 import collections
@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_zeroprompt.data.sources.jinja_sandbox import sandbox
 from lightning_zeroprompt.data.task import INPUT, OPTIONS, Example, PromptTemplate, Task, TaskError
 
 __all__ = ["CATEGORIES", "JinjaTemplate", "Rendered", "load_templates", "promptsource_tasks"]
@@ -40,6 +41,8 @@ CATEGORIES: dict[str, str] = {
 
 _log = logging.getLogger(__name__)
 _SEPARATOR = "|||"
+# What Jinja's filters and Python's methods raise for arguments that they do not take.
+_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError, RecursionError)
 _ESCAPED = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 
 
@@ -56,26 +59,6 @@ class Rendered:
     prompt: str
     target: str
     choices: tuple[str, ...] | None
-
-
-@functools.cache
-def _environment() -> Any:
-    import jinja2
-    from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Environment(ImmutableSandboxedEnvironment):
-        # The sandbox alone lets a template build a string of any length.
-        intercepted_binops = frozenset(["*", "**"])
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            raise SecurityError(f"the operator {operator!r} is not allowed in a template")
-
-    environment = Environment(undefined=jinja2.StrictUndefined, autoescape=False)
-    environment.globals["zip"] = zip
-    for name in ("lipsum", "cycler", "joiner", "namespace"):
-        environment.globals.pop(name, None)
-    return environment
 
 
 class JinjaTemplate:
@@ -100,7 +83,7 @@ class JinjaTemplate:
         self.name = name
         self.original_task = original_task
         self._where = f"{where}: template {name!r}" if where else f"template {name!r}"
-        environment = _environment()
+        environment = sandbox()
         try:
             self._tree = environment.parse(jinja)
             self._template = environment.from_string(jinja)
@@ -114,7 +97,7 @@ class JinjaTemplate:
         from jinja2 import meta
 
         names = meta.find_undeclared_variables(self._tree) | meta.find_undeclared_variables(self._choices_tree)
-        return names - {"answer_choices"} - set(_environment().globals)
+        return names - {"answer_choices"} - set(sandbox().globals)
 
     def check(self, columns: Sequence[str]) -> None:
         """Refuse a template that reads what the dataset does not have.
@@ -177,7 +160,7 @@ class JinjaTemplate:
             raise TaskError(f"{self._where} is unsafe: {error}; remove it") from None
         except jinja2.UndefinedError as error:
             raise TaskError(f"{self._where} has an unknown variable: {error}; the row has: {', '.join(row)}") from None
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        except (jinja2.TemplateError, *_FAILURES) as error:
             raise TaskError(
                 f"{self._where} could not be rendered ({type(error).__name__}: {error}); remove it"
             ) from None
