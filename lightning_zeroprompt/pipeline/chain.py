@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
@@ -67,7 +68,15 @@ class _StandIn(nn.Module):
         object.__setattr__(self, "_call", call)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
+        value = getattr(self.__dict__["_block"], name)
+        if isinstance(value, nn.Parameter) and value.is_meta:
+            raise RuntimeError(
+                f"user code reads the parameter {name!r} of {type(self.__dict__['_block']).__name__}, which another "
+                "rank holds. A tied weight has to be a parameter of both modules (self.head.weight = "
+                "self.embedding.weight); for anything else return blocks that hold what they use from "
+                "configure_pipeline()"
+            )
+        return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_call"](*args, **kwargs)
@@ -295,8 +304,12 @@ class Chain:
                     f"{'after' if over else 'before'} the blocks, or make it a block with configure_pipeline()"
                 )
             device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+            # Copies of tied parameters may be real, or sharded, on this rank.
+            weights = {
+                name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in module.named_parameters()
+            }
             with torch.no_grad():
-                shapes = module(*_to_meta(args), **_to_meta(kwargs))
+                shapes = functional_call(module, weights, _to_meta(args), _to_meta(kwargs))
             return tree_map_only(Tensor, lambda shape: _nothing(shape, device), shapes)
 
         return call

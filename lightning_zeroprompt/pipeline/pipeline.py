@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from lightning_zeroprompt.pipeline.chain import Chain
@@ -86,12 +86,6 @@ class Pipeline:
         mine = placement.stages_of(rank)
 
         drop_parameters(chain.root, set(self.owned))
-        absent = [
-            module
-            for modules in self._ownership.modules
-            for module in modules
-            if any(parameter.is_meta for parameter in module.parameters())
-        ]
         self.stages = {stage: StageModule(chain, stage, cuts[stage], self._ownership.modules[stage]) for stage in mine}
         for module in self.stages.values():
             materialize(module, device)
@@ -102,9 +96,10 @@ class Pipeline:
                 "be initialised alone; build these on a real device"
             )
         to_device(chain.root, device)
-        # Behind the moves, which make new parameters.
-        kept = [module for module in absent if not self._is_here(module)]
-        chain.leave_out(kept, before=0 in mine, behind=placement.stages - 1 in mine)
+        elsewhere = [
+            module for stage, modules in enumerate(self._ownership.modules) if stage not in mine for module in modules
+        ]
+        chain.leave_out(elsewhere, before=0 in mine, behind=placement.stages - 1 in mine)
         whole = {name for name in self._owners if self._ownership.is_whole(name, placement)}
         self.sharded = groups.layout.data > 1 or precision is not None or cpu_offload
         # Copies are summed over all their ranks; shards over those with the same part.
@@ -115,21 +110,28 @@ class Pipeline:
         }
         self._sum_groups = groups.of_owners(self._sums.values())
         if self.sharded:
-            named = dict(chain.root.named_parameters())
-            for module in self.stages.values():
-                shard_stage(
-                    module,
-                    groups.data_mesh,
-                    precision or MixedPrecisionPolicy(),
-                    {named[name] for name in whole},
-                    CPUOffloadPolicy() if cpu_offload else None,
-                )
+            self._shard(whole, precision or MixedPrecisionPolicy(), CPUOffloadPolicy() if cpu_offload else None)
         named = dict(chain.root.named_parameters())
         self.copies: dict[str, nn.Parameter] = {name: named[name] for name in sorted(self.owned & set(self._sums))}
         self.executor = PipelineExecutor(self.stages, placement, groups.pipeline, device)
 
-    def _is_here(self, module: nn.Module) -> bool:
-        return any(module is part for stage in self.stages.values() for part in stage.outside)
+    def _shard(self, whole: set[str], precision: MixedPrecisionPolicy, offload: OffloadPolicy | None) -> None:
+        root = self.chain.root
+        named = dict(root.named_parameters())
+        before = {(module, name): p for module in root.modules() for name, p in module._parameters.items()}
+        for module in self.stages.values():
+            shard_stage(module, self.groups.data_mesh, precision, {named[name] for name in whole}, offload)
+        sharded = {
+            id(before[part, name]): parameter
+            for module in self.stages.values()
+            for part in module.modules()
+            for name, parameter in part._parameters.items()
+            if (part, name) in before and parameter is not before[part, name]
+        }
+        for (part, name), old in before.items():
+            # A tied parameter has places outside this rank's stages too, such as an embedding's beside its head.
+            if part._parameters[name] is old and id(old) in sharded:
+                part._parameters[name] = sharded[id(old)]
 
     @property
     def last_rank(self) -> int:

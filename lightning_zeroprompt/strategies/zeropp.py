@@ -419,8 +419,8 @@ class ZeroPPStrategy(ModelParallelStrategy):
         loop, accumulated = self._module.trainer.fit_loop, self._module.trainer.accumulate_grad_batches
         if loop.batch_idx % accumulated == 0:
             # Lightning's zero_grad comes behind this step.
-            for parameter in self.pipeline.parameters().values():
-                parameter.grad = None
+            for owned in self.pipeline.parameters().values():
+                owned.grad = None
         step = loop.epoch_loop.total_batch_idx
         output = self._steps.train(self._schedule_for(args[0]), args, kwargs, step=step, scale=1 / accumulated)
         self._stash = [(parameter, parameter.grad) for parameter in self.pipeline.parameters().values()]
