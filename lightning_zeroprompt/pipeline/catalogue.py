@@ -35,6 +35,7 @@ def build_schedule(
     cap: int | None = None,
     resident: int | None = None,
     prefetch: bool | None = None,
+    costs: orders.ListCosts | None = None,
 ) -> Schedule:
     """Build a schedule.
 
@@ -49,6 +50,8 @@ def build_schedule(
         resident: K, stages of a rank whose weights are gathered at once; None is 1 for ``zeropp``, 2 for
             ``zeropp_overlap``, all for the others, which would gather for every micro-batch otherwise. At most V.
         prefetch: Gather one phase ahead; None does so where K > 1.
+        costs: For ``zeropp_overlap`` and V-shaped ZeroPP: times that the order is made for; None is one unit of time a
+            task. An order made for other times than those of the machine loses several per cent.
 
     Returns:
         The schedule with computations, gathers, releases and reductions; ``add_transfers`` adds sends and receives.
@@ -87,6 +90,8 @@ def build_schedule(
     listed = name == "zeropp_overlap" or (name == "zeropp" and vshape)
     if cap is not None and not listed:
         raise ValueError(f"cap={cap} with schedule {name!r}: its memory is fixed by its order; leave cap out")
+    if costs is not None and not listed:
+        raise ValueError(f"costs with schedule {name!r}: its order does not depend on times; leave costs out")
     if cap is not None and cap < least:
         raise ValueError(
             f"cap={cap}: {stages_per_rank} stages a rank and a unit of {unit} hold at least "
@@ -99,11 +104,21 @@ def build_schedule(
             f"resident={resident} with {stages_per_rank} stages a rank: 1 to {stages_per_rank} can be gathered"
         )
     if prefetch and resident < 2:
-        raise ValueError("prefetch=True with resident=1: gathering ahead needs room for two stages; use resident=2")
+        raise ValueError(
+            f"prefetch=True with resident=1: gathering ahead needs room for two stages; use resident=2 and "
+            f"stages_per_rank of at least 2 (it is {stages_per_rank}), or leave prefetch out"
+        )
 
     if listed:
         held = (float(unit * stages_per_rank if cap is None else cap),) * ranks
-        order = orders.list_schedule(placement, micro_batches, unit, held=held, overlap=name == "zeropp_overlap")
+        order = orders.list_schedule(
+            placement,
+            micro_batches,
+            unit,
+            held=held,
+            overlap=name == "zeropp_overlap",
+            costs=orders.ListCosts() if costs is None else costs,
+        )
     elif name == "zeropp":
         order = orders.zeropp_strict(placement, micro_batches, unit)
     elif name == "1f1b":

@@ -47,6 +47,7 @@ class _Pending:
     grad_output: Tensor
     weight: Tensor
     bias: Tensor | None
+    versions: tuple[int, int]
 
 
 class WeightGradStore:
@@ -109,21 +110,32 @@ class WeightGradStore:
         return run
 
     def _add(self, call: _Pending) -> None:
+        if call.versions != (call.input._version, call.grad_output._version):
+            raise RuntimeError(
+                f"what the weight gradient of a Linear of shape {tuple(call.weight.shape)} is made of was changed in "
+                "place after its backward pass; change a copy instead"
+            )
         x = call.input.reshape(-1, call.input.shape[-1])
         dy = call.grad_output.reshape(-1, call.grad_output.shape[-1])
+        # Under autocast the pair has another type than the parameter: one product more has to be held.
+        same = x.dtype == call.weight.dtype
         if call.weight.requires_grad:
-            self._accumulate(call.weight, lambda: dy.t() @ x, lambda grad: grad.addmm_(dy.t(), x))
+            self._accumulate(call.weight, lambda: dy.t() @ x, lambda grad: grad.addmm_(dy.t(), x), same)
         if call.bias is not None and call.bias.requires_grad:
-            self._accumulate(call.bias, lambda: dy.sum(0), lambda grad: grad.add_(dy.sum(0)))
+            self._accumulate(call.bias, lambda: dy.sum(0), lambda grad: grad.add_(dy.sum(0)), same)
 
-    def _accumulate(self, parameter: Tensor, make: Callable[[], Tensor], add: Callable[[Tensor], Any]) -> None:
+    def _accumulate(
+        self, parameter: Tensor, make: Callable[[], Tensor], add: Callable[[Tensor], Any], in_place: bool
+    ) -> None:
         buffer = self._grad_buffer(parameter) if self._grad_buffer else None
         if buffer is not None:
             buffer.add(make())
         elif parameter.grad is None:
-            parameter.grad = make()
-        else:
+            parameter.grad = make().to(parameter.dtype)
+        elif in_place:
             add(parameter.grad)
+        else:
+            parameter.grad.add_(make())
 
 
 class _Linear(torch.autograd.Function):
@@ -141,15 +153,17 @@ class _Linear(torch.autograd.Function):
         # Not through save_for_backward: a checkpoint would hand back an alias of the parameter, whose gradient nobody
         # sees.
         ctx.weight, ctx.bias, ctx.store = weight, bias, store
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad_output,) = grad_outputs
         (x,) = ctx.saved_tensors
-        ctx.store._pending.append(_Pending(x.detach(), grad_output.detach(), ctx.weight, ctx.bias))
-        return (grad_output @ ctx.weight.detach() if ctx.needs_input_grad[0] else None), None, None, None
+        x, dy = x.detach(), grad_output.detach()
+        ctx.store._pending.append(_Pending(x, dy, ctx.weight, ctx.bias, (x._version, dy._version)))
+        dx = dy @ ctx.weight.detach().to(dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None
 
 
 class DeferredLinear(nn.Linear):
@@ -165,19 +179,20 @@ class DeferredLinear(nn.Linear):
             ``(..., out_features)``.
         """
         store = WeightGradStore._recording
-        if store is None or not self._defers(input.device.type):
+        if store is None or not self._defers():
             return super().forward(input)
         # The Function sees a matrix: of more dimensions, the result of F.linear is a view made inside a Function, and
         # autograd refuses to have such a view changed in place, as nn.ReLU(inplace=True) does.
         rows = input.flatten(0, -2) if input.dim() > 2 else input
+        if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, self.weight.dtype):
+            rows = rows.to(torch.get_autocast_dtype(input.device.type))
         output: Tensor = _Linear.apply(rows, self.weight, self.bias, store)  # type: ignore[no-untyped-call]
         return output.view(*input.shape[:-1], self.out_features) if input.dim() > 2 else output
 
-    def _defers(self, device_type: str) -> bool:
+    def _defers(self) -> bool:
         own: tuple[Tensor | None, ...] = (self.weight, self.bias)
         return (
             torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(device_type)
             and not self.weight.is_complex()
             # What is no leaf is computed from parameters: its gradient has further to go.
             and all(tensor is None or tensor.is_leaf for tensor in own)

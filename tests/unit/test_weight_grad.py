@@ -464,7 +464,7 @@ def test_nothing_is_deferred_without_gradients(mode: Callable[[], contextlib.Abs
     assert len(store) == 0
 
 
-def test_under_autocast_gradients_are_made_in_b() -> None:
+def test_under_autocast_gradients_are_those_of_autocast() -> None:
     net, store = Net(straight).float(), WeightGradStore()
     reference, batches = copy.deepcopy(net), [x.float() for x in inputs(3, 6, requires_grad=False)]
 
@@ -473,10 +473,12 @@ def test_under_autocast_gradients_are_made_in_b() -> None:
             return mean_square(model, batch)
 
     defer_linears(net)
-    assert split_backward(net, batches, loss, store) == [0, 0]
+    assert min(split_backward(net, batches, loss, store)) > 0
     full_backward(reference, batches, loss)
     for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
+        assert ours.grad.dtype == torch.float32
+        # The same products of the same bfloat16 numbers, summed in another order.
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-2, atol=1e-2 * theirs.grad.abs().max().item())
 
 
 # Types
