@@ -13,7 +13,7 @@ A ``TorchFunctionMode`` would catch calls of ``F.linear`` too, at the cost of a 
 model.
 
 What it costs: a Linear's input and the gradient of its output live until W ran. What is no plain ``nn.Linear`` makes
-its gradients in B: right, with less left to move. So does a Linear under autocast, of complex numbers, or whose weight
+its gradients in B: right, with less left to move. So does a Linear of complex numbers, or whose weight
 is computed from other parameters (weight or spectral norm, pruning). Gradients of gradients are refused.
 """
 
