@@ -16,6 +16,7 @@ from typing import Any
 import hydra.utils
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
@@ -24,6 +25,7 @@ from lightning_zeroprompt.data.evaluation import EvaluationDataset, EvaluationSe
 from lightning_zeroprompt.data.mixture import MixtureSettings, select_tasks
 from lightning_zeroprompt.data.packing import check_replicas
 from lightning_zeroprompt.data.prepare import compile_source
+from lightning_zeroprompt.data.tokenizer import PretrainedTokenizer
 from lightning_zeroprompt.models.hf import load_t5
 from lightning_zeroprompt.models.module import SoftPromptSettings, Text2TextModule
 from lightning_zeroprompt.models.prompt_transfer import prompt_numbers
@@ -224,6 +226,9 @@ def build_module(config: DictConfig, corpus: Corpus, num_tasks: int) -> Text2Tex
         config: With the groups ``model`` and ``optimizer``, ``init_from`` and ``init_seed``.
         corpus: Its tokenizer gives the vocabulary.
         num_tasks: Training tasks.
+
+    Raises:
+        ValueError: The folder to start from holds another tokenizer than the corpus has.
     """
     model = config.model
     common: dict[str, Any] = {
@@ -238,6 +243,7 @@ def build_module(config: DictConfig, corpus: Corpus, num_tasks: int) -> Text2Tex
     if config.init_from is None:
         overrides = {"dropout": model.dropout, **_plain(model.overrides)}
         return Text2TextModule(size=model.size, overrides=overrides, **common)
+    _check_tokenizer(Path(config.init_from), corpus)
     start = load_t5(config.init_from, dtype=torch.float32, dropout=model.dropout)
     return Text2TextModule(config=start.config, weights=start.state_dict(), **common)
 
@@ -254,6 +260,7 @@ def load_module(config: DictConfig, corpus: Corpus) -> Text2TextModule:
     """
     path = Path(config.checkpoint)
     if path.is_dir():
+        _check_tokenizer(path, corpus)
         start = load_t5(path, dtype=torch.float32)
         return Text2TextModule(vocab_size=corpus.tokenizer.vocab_size, config=start.config, weights=start.state_dict())
     if not path.is_file():
@@ -266,6 +273,33 @@ def load_module(config: DictConfig, corpus: Corpus) -> Text2TextModule:
             f"{given[:16]}; compile it again with `--tokenizer FOLDER`, the folder of the corpus that was trained on"
         )
     return module
+
+
+def _check_tokenizer(folder: Path, corpus: Corpus) -> None:
+    """Compare the tokenizer beside a ``transformers`` checkpoint with the corpus's; without one, warn.
+
+    Args:
+        folder: The checkpoint.
+        corpus: What its model is to read.
+
+    Raises:
+        ValueError: They differ, or the folder's cannot be loaded.
+    """
+    if not any(folder.glob("tokenizer*.json")) and not (folder / "spiece.model").is_file():
+        if folder.is_dir():
+            rank_zero_warn(
+                f"{folder} holds no tokenizer, so whether its weights were trained on the ids of {corpus.path} is not "
+                "checked; save the tokenizer beside the weights to have them compared"
+            )
+        return
+    theirs, ours = PretrainedTokenizer(str(folder)), corpus.tokenizer
+    if theirs.fingerprint != ours.fingerprint:
+        raise ValueError(
+            f"the weights in {folder} belong to a tokenizer of {theirs.vocab_size:,} ids "
+            f"({theirs.fingerprint[:16]}), but {corpus.path} was compiled with {ours.name} of {ours.vocab_size:,} ids "
+            f"({ours.fingerprint[:16]}), where an id is another word; compile it with `--tokenizer {folder}` "
+            f"(zeroprompt-train: data.tokenizer={folder})"
+        )
 
 
 def build_trainer(config: DictConfig) -> pl.Trainer:
