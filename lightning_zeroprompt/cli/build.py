@@ -41,6 +41,7 @@ __all__ = [
     "open_corpus",
     "other_datamodule",
     "quieten",
+    "resumed_checkpoint",
 ]
 
 
@@ -48,6 +49,8 @@ def quieten() -> None:
     """Hide notices of libraries that a user of this program can do nothing about."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Of a resumed run in another folder, or in one that was moved: the other folder's checkpoints are left alone.
+    warnings.filterwarnings("ignore", message="The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
@@ -324,25 +327,42 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
     """Refuse what would otherwise be noticed only after the untrained model's evaluation.
 
     Args:
-        config: With ``data``, ``strategy`` and ``resume_from``.
+        config: With ``data`` and ``strategy``.
         trainer: Of the run, not started yet.
 
     Raises:
-        ValueError: The rows of a batch cannot be divided by the ranks, or there is no checkpoint to resume from.
+        ValueError: The rows of a batch cannot be divided by the ranks.
     """
     strategy = config.strategy.strategy
     tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
     if isinstance(tensor_parallel, int):
         check_replicas(config.data.rows_per_batch, 0, trainer.num_devices * trainer.num_nodes // tensor_parallel)
-    resumed = config.resume_from
-    if resumed == "last" and not list(Path(config.paths.output_dir).glob("checkpoints/last*.ckpt")):
-        raise ValueError(
-            f"resume_from=last: {config.paths.output_dir} has no checkpoints/last.ckpt; give hydra.run.dir=FOLDER of "
-            "the run to go on with, or the path of a checkpoint"
-        )
+
+
+def resumed_checkpoint(config: DictConfig) -> str | None:
+    """The checkpoint that ``resume_from`` names, None for a run from the start.
+
+    Lightning's own ``ckpt_path="last"`` starts from nothing, with a warning, where it finds no checkpoint.
+
+    Args:
+        config: With ``resume_from`` and ``paths``.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    resumed: str | None = config.resume_from
+    if resumed == "last":
+        path = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt"
+        if not path.exists():
+            raise ValueError(
+                f"resume_from=last: there is no {path}; give hydra.run.dir=FOLDER of the run to go on with, or the "
+                "path of a checkpoint"
+            )
+        return str(path)
     # Lightning reads addresses such as s3://... by itself.
-    if resumed not in (None, "last") and "://" not in resumed and not Path(resumed).exists():
+    if resumed is not None and "://" not in resumed and not Path(resumed).exists():
         raise ValueError(f"resume_from={resumed}: there is no such checkpoint; give a .ckpt file of a run, or last")
+    return resumed
 
 
 def _plain(node: Any) -> Any:

@@ -82,6 +82,12 @@ def weights(path):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+def checkpoint_steps(folder):
+    """The step of every checkpoint of a run, by name."""
+    files = (folder / "checkpoints").iterdir()
+    return {path.name: torch.load(path, weights_only=True)["global_step"] for path in files}
+
+
 def test_a_run_leaves_its_results(finished):
     found = results(finished)
     assert found["num_tasks"] == 20
@@ -129,6 +135,10 @@ def test_a_resumed_run_ends_with_the_same_weights(finished, tiny, root):
     before = weights(folder / "checkpoints" / "step-3.ckpt")
     assert any(not torch.equal(whole[name], before[name]) for name in whole)
     assert results(folder)["macro"] == results(finished)["macro"]
+    assert checkpoint_steps(folder) == {"step-3.ckpt": 3, "last.ckpt": 4, "final.ckpt": 4}
+    # Once more, now in the folder that the checkpoint was written in.
+    train(tiny(folder, "trainer.max_steps=7", *more))
+    assert checkpoint_steps(folder) == {"step-3.ckpt": 3, "step-6.ckpt": 6, "last.ckpt": 6, "final.ckpt": 7}
 
 
 def test_a_resumed_run_refuses_other_data(finished, tiny, root, capsys):
@@ -222,6 +232,7 @@ def refused(capsys, story):
         (["+model.overrides.d_modle=3"], "unknown T5Config fields ['d_modle']"),
         (["optimizer.name=sgd"], "optimizer name 'sgd' is unknown; use 'adamw' or 'adafactor'"),
         (["resume_from=nowhere/last.ckpt"], "there is no such checkpoint"),
+        (["resume_from=last"], "give hydra.run.dir=FOLDER of the run to go on with"),
         (["init_from=nowhere"], "nowhere"),
         (["data.compiled=nowhere"], "nowhere"),
         (["data=parquet", "data.path=nowhere"], "nowhere"),
