@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hydra.utils
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -154,8 +156,6 @@ def test_paths_lie_below_one_folder(name):
 
 
 def parquet_folder(folder):
-    pa = pytest.importorskip("pyarrow")
-    pq = pytest.importorskip("pyarrow.parquet")
     folder.mkdir()
     kinds = {name: pa.string() if kind == "string" else pa.list_(pa.string()) for name, kind in COLUMNS.items()}
 

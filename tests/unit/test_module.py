@@ -346,7 +346,7 @@ def test_the_learning_rate_moves_once_an_optimizer_step(evaluation_corpus):
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.05])
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: install g++")
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])

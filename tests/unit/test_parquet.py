@@ -9,13 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lightning_zeroprompt.data.sources.parquet import COLUMNS, parquet_files, parquet_tasks, selection_summary
 from lightning_zeroprompt.data.task import TaskError
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 DATA = Path(os.environ.get("ZEROPROMPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
@@ -234,7 +233,10 @@ def test_importing_the_module_imports_no_pyarrow():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.skipif(not (DATA / "train.parquet").is_file(), reason="the real data are not here (set ZEROPROMPT_DATA)")
+@pytest.mark.skipif(
+    not (DATA / "train.parquet").is_file(),
+    reason=f"no task data at {DATA}; set ZEROPROMPT_DATA to a folder that has train.parquet",
+)
 def test_real_folder():
     tasks = parquet_tasks(DATA, include_noncommercial=True)
     train = [task for task in tasks if task.role == "train"]
