@@ -154,9 +154,10 @@ def test_bigbench_is_refused_for_training_under_any_name(folder):
     assert "bb" not in {t.task_id for t in parquet_tasks(folder, num_tasks=None)}
     found = parquet_tasks(folder, num_tasks=None, include_bigbench=True)[-1]
     assert (found.task_id, found.role, found.training_allowed) == ("bb", "heldout", False)
-    write(folder, "train_more", [row("bb", source="github google/BIG-bench")])
-    with pytest.raises(TaskError, match=r"'bb' .* may not be used for training"):
-        parquet_tasks(folder, splits=("train", "train_more"), num_tasks=None)
+    for origin in ({"source": "github google/BIG-bench"}, {"benchmark": "bigbench"}):
+        write(folder, "train_more", [row("bb", **origin)])
+        with pytest.raises(TaskError, match=r"'bb' .* may not be used for training"):
+            parquet_tasks(folder, splits=("train", "train_more"), num_tasks=None)
 
 
 def test_missing_folders_and_files(tmp_path, folder):
