@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from typing_extensions import override
 
+from lightning_zeroprompt.data.datamodule import TaskDataModule
 from lightning_zeroprompt.data.evaluation import EvaluationDataset
 from lightning_zeroprompt.metrics.summary import EvaluationSummary, summarise
 from lightning_zeroprompt.metrics.task_scores import TaskScores
@@ -173,6 +174,38 @@ class Text2TextModule(pl.LightningModule):
                 "compile the corpus with the tokenizer of the checkpoint that you start from"
             )
         self._weights = weights
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Refuse data that this model cannot read or would read without its prompts.
+
+        Raises:
+            ValueError: A :class:`~lightning_zeroprompt.data.TaskDataModule` has more ids, tasks or prompt positions
+                than the model, or fewer prompt positions.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TaskDataModule):
+            return
+        prompt, ids = self.soft_prompt_settings, self.hparams["vocab_size"]
+        # Ids of soft prompts begin where those of the tokenizer end.
+        if data.corpus.vocab_size > ids or (prompt.length and data.corpus.vocab_size != ids):
+            raise ValueError(
+                f"the model was built for {ids:,} ids, {data.corpus.path} was compiled with "
+                f"{data.corpus.vocab_size:,}; give vocab_size={data.corpus.vocab_size}"
+            )
+        if stage != "fit":
+            return
+        positions = data.packing_settings.soft_prompt_length
+        if positions != prompt.length:
+            raise ValueError(
+                f"the model has soft prompts of length {prompt.length}, the data leave room for {positions}; give "
+                f"TaskDataModule soft_prompt_length={prompt.length}"
+            )
+        if prompt.mode == "per_task" and self.hparams["num_tasks"] < len(data.task_indices):
+            raise ValueError(
+                f"the model has soft prompts for {self.hparams['num_tasks']} tasks, the data train "
+                f"{len(data.task_indices)}; give num_tasks={len(data.task_indices)}"
+            )
 
     @override
     def configure_model(self) -> None:
