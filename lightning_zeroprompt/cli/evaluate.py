@@ -48,6 +48,8 @@ def run_config(config: DictConfig) -> DictConfig:
     run = read_config(folder / RESOLVED)
     for key in ("checkpoint", "eval", "trainer", "strategy"):
         run[key] = config[key]
+    if Path(config.checkpoint).is_dir():
+        run.init_from = config.checkpoint
     run.paths.output_dir = config.paths.output_dir
     run.callbacks, run.logger = None, None
     return run
@@ -74,8 +76,8 @@ def evaluate(config: DictConfig) -> None:
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(merged, resolve=True))
-        save_results(folder, merged, datamodule, module, trainer)
-        print_results(folder, module)
+        results = save_results(folder, merged, datamodule, module, trainer)
+        print_results(folder, results, module)
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="eval")

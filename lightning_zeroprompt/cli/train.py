@@ -77,7 +77,7 @@ def train(config: DictConfig) -> None:
     if trainer.is_global_zero:
         results = save_results(folder, config, datamodule, module, trainer, untrained=untrained)
         report.finish(results)
-        print_results(folder, module, untrained=untrained)
+        print_results(folder, results, module, untrained=untrained)
     trainer.strategy.barrier("results")
 
 

@@ -126,6 +126,7 @@ class Text2TextModule(pl.LightningModule):
     Attributes:
         model: The T5; None until ``configure_model`` has run.
         summaries: Result of the last evaluation, one for each evaluation dataset.
+        loaded_steps: Optimizer steps of the checkpoint that the module was loaded from, else 0.
     """
 
     model: T5
@@ -149,6 +150,7 @@ class Text2TextModule(pl.LightningModule):
         self.optimizer_settings = _settings(OptimizerSettings, optimizer)
         self.soft_prompt_settings = _settings(SoftPromptSettings, soft_prompt)
         self.summaries: list[EvaluationSummary] = []
+        self.loaded_steps = 0
         self._metrics: list[TaskScores] = []
         # Plain data only: checkpoints are read without unpickling objects.
         self.save_hyperparameters(
@@ -174,6 +176,11 @@ class Text2TextModule(pl.LightningModule):
                 "compile the corpus with the tokenizer of the checkpoint that you start from"
             )
         self._weights = weights
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep how long the checkpoint was trained."""
+        self.loaded_steps = checkpoint.get("global_step", 0)
 
     @override
     def setup(self, stage: str) -> None:

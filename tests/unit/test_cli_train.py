@@ -157,7 +157,21 @@ def test_evaluation_repeats_the_final_scores(finished, root):
     peers = ("untrained", "shuffled")
     for one, two in zip(mine["macro"], theirs["macro"], strict=True):
         assert {k: v for k, v in one.items() if k not in peers} == {k: v for k, v in two.items() if k not in peers}
-    assert mine["num_tasks"] == 20
+    for name in ("num_tasks", "steps", "tokens_trained", "truncated_inputs"):
+        assert mine[name] == theirs[name]
+
+
+def test_what_is_cut_is_said(finished, tiny, root, capsys):
+    assert results(finished)["truncated_inputs"] == results(finished)["packing"]["truncated"] == 0
+    train(tiny(root / "cut", "trainer.max_steps=2", "data.encoder_length=80", "data.decoder_length=20"))
+    found, printed = results(root / "cut"), " ".join(capsys.readouterr().out.split())
+    cut, draws = found["packing"]["truncated"], found["packing"]["draws"]
+    inputs, items = found["truncated_inputs"], found["sample_sizes"]["items"]
+    assert 0 < cut < draws
+    assert 0 < inputs < items
+    where = "Cut to fit encoder_length=80 and decoder_length=20"
+    assert f"{where}: {cut:,} of {draws:,} training examples" in printed
+    assert f"{where}: {inputs:,} of {items:,} evaluation inputs" in printed
 
 
 def command(*arguments):
