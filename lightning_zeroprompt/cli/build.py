@@ -16,6 +16,7 @@ from typing import Any
 import hydra.utils
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
@@ -309,10 +310,13 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     """Callbacks, logger, strategy and Trainer.
 
     Args:
-        config: With the groups ``trainer``, ``strategy`` and, for training, ``callbacks`` and ``logger``.
+        config: With the groups ``trainer``, ``strategy`` and, for training, ``callbacks`` and ``logger``. Without a
+            logger, a learning-rate monitor, which Lightning refuses then, is left out.
     """
     callbacks = [hydra.utils.instantiate(callback) for callback in (config.get("callbacks") or {}).values()]
     logger = hydra.utils.instantiate(config.logger) if config.get("logger") else False
+    if not logger:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     strategy = config.strategy.strategy
     trainer: pl.Trainer = hydra.utils.instantiate(
         config.trainer,
@@ -327,12 +331,26 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
     """Refuse what would otherwise be noticed only after the untrained model's evaluation.
 
     Args:
-        config: With ``data`` and ``strategy``.
+        config: With ``data``, ``trainer`` and ``strategy``.
         trainer: Of the run, not started yet.
 
     Raises:
-        ValueError: The rows of a batch cannot be divided by the ranks.
+        ValueError: A run without a step, a validation interval longer than the run, or rows of a batch that cannot be
+            divided by the ranks.
     """
+    steps, accumulated, interval = (
+        config.trainer[name] for name in ("max_steps", "accumulate_grad_batches", "val_check_interval")
+    )
+    if steps < 1 or accumulated < 1:
+        raise ValueError(
+            f"trainer.max_steps={steps} with trainer.accumulate_grad_batches={accumulated}: a run has at least one "
+            "step of at least one batch"
+        )
+    if isinstance(interval, int) and interval > steps * accumulated:
+        raise ValueError(
+            f"trainer.val_check_interval={interval} batches, but the run has {steps} x {accumulated} = "
+            f"{steps * accumulated}; give fewer, or a share of the run such as 0.25"
+        )
     strategy = config.strategy.strategy
     tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
     if isinstance(tensor_parallel, int):

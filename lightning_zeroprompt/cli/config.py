@@ -91,10 +91,13 @@ def report_user_errors(story: Callable[[], None]) -> None:
 
     Raises:
         SystemExit: With status 2 after an error that names what was given and the remedy: ValueError, OSError, and what
-            Hydra, OmegaConf and Lightning raise for a configuration that cannot be used.
+            Hydra, OmegaConf and Lightning raise for a configuration that cannot be used. With status 130 after Ctrl-C.
     """
     try:
         story()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError, HydraException, OmegaConfBaseException, MisconfigurationException) as error:
         if os.environ.get("ZEROPROMPT_TRACEBACK"):
             raise

@@ -240,6 +240,8 @@ def refused(capsys, story):
         (["data.holdout_categories=[countng]"], "hold-out category 'countng' is unknown"),
         (["mixture.max_per_task=0"], "max_per_task is 0"),
         (["mixture.max_per_class=0"], "max_per_class is 0"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0"),
+        (["trainer.val_check_interval=9"], "val_check_interval=9 batches, but the run has 4 x 1 = 4"),
         (["data.source=csv"], "unknown source 'csv'"),
         (["data.rows_per_batch=3", "strategy=ddp", "trainer.devices=2"], "3 / 2 = 1.50 rows a rank"),
         (["model.size=gigantic"], "unknown T5 size 'gigantic'; known sizes: nano"),
@@ -265,6 +267,16 @@ def test_bad_settings_are_one_line_before_training(finished, tiny, tmp_path, cap
     assert message in refused(capsys, lambda: train(config))
     assert not list(tmp_path.rglob("results*"))
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_interruption_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        report_user_errors(interrupted)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):
