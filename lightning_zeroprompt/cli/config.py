@@ -23,6 +23,16 @@ OmegaConf.register_new_resolver(
 )
 
 
+def _ranks(devices: int | str, num_nodes: int) -> int:
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"trainer.devices={devices}: sharding needs to know the number of devices; give it, as in 2")
+    return devices * num_nodes
+
+
+# Lightning's own "auto" shards over nodes and wants tensor parallelism within one.
+OmegaConf.register_new_resolver("ranks", _ranks, replace=True)
+
+
 def config_dir() -> Path:
     """Folder of the Hydra groups: inside the package once installed, beside it in a source checkout."""
     package = Path(__file__).resolve().parent.parent

@@ -207,15 +207,16 @@ def test_a_multirun_has_a_folder_a_job_and_goes_on_after_a_failure(finished, roo
     assert all(ids and ids <= all_ids for ids, all_ids in zip(trained, chosen, strict=True))
 
 
-def test_ranks_of_a_multirun_job_share_one_configuration(finished, root):
-    sweep = root / "ranks"
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "DDPStrategy"), ("fsdp2", "ModelParallelStrategy")])
+def test_ranks_of_a_multirun_job_share_one_configuration(finished, root, strategy, kind):
+    sweep = root / strategy
     shared = (*TINY, *EVALUATION, "trainer.max_steps=2", f"paths.compiled_dir={root / 'compiled'}")
-    arguments = ("strategy=ddp", "trainer.devices=2", "callbacks=none", "mixture.denoising=0.3")
+    arguments = (f"strategy={strategy}", "trainer.devices=2", "callbacks=none", "mixture.denoising=0.3")
     done = command("-m", *shared, *arguments, f"hydra.sweep.dir={sweep}", "hydra.sweep.subdir=${hydra.job.num}")
     assert done.returncode == 0, done.stderr
     found = results(sweep / "0")
     assert found["world_size"] == 2
-    assert found["strategy"] == "DDPStrategy"
+    assert found["strategy"] == kind
     assert found["steps"] == 2
     assert [file.name for file in sweep.glob("*/results.json")] == ["results.json"]
 
@@ -244,6 +245,7 @@ def refused(capsys, story):
         (["trainer.val_check_interval=9"], "val_check_interval=9 batches, but the run has 4 x 1 = 4"),
         (["data.source=csv"], "unknown source 'csv'"),
         (["data.rows_per_batch=3", "strategy=ddp", "trainer.devices=2"], "3 / 2 = 1.50 rows a rank"),
+        (["strategy=fsdp2", "trainer.devices=auto"], "trainer.devices=auto: sharding needs to know the number"),
         (["model.size=gigantic"], "unknown T5 size 'gigantic'; known sizes: nano"),
         (["+model.overrides.d_modle=3"], "unknown T5Config fields ['d_modle']"),
         (["optimizer.name=sgd"], "optimizer name 'sgd' is unknown; use 'adamw' or 'adafactor'"),
