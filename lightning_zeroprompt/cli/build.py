@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a Hydra configuration to the library's objects; the only place that knows the configuration's keys.
+"""From a Hydra configuration to the library's objects; with checkpoints.py, the only place that knows the keys.
 
 No ``DictConfig`` leaves this file: constructors get plain typed arguments, so the same objects can be built in Python
 or by LightningCLI.
@@ -17,16 +17,15 @@ import hydra.utils
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_zeroprompt.cli.checkpoints import check_tokenizer
 from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
 from lightning_zeroprompt.data.datamodule import EvaluationFactory, TaskDataModule
 from lightning_zeroprompt.data.evaluation import EvaluationDataset, EvaluationSettings, plan_evaluation, split_tasks
 from lightning_zeroprompt.data.mixture import MixtureSettings, select_tasks
 from lightning_zeroprompt.data.packing import check_replicas
 from lightning_zeroprompt.data.prepare import compile_source
-from lightning_zeroprompt.data.tokenizer import PretrainedTokenizer
 from lightning_zeroprompt.models.hf import load_t5
 from lightning_zeroprompt.models.module import SoftPromptSettings, Text2TextModule
 from lightning_zeroprompt.models.prompt_transfer import prompt_numbers
@@ -38,11 +37,9 @@ __all__ = [
     "check_run",
     "evaluation_factory",
     "evaluation_settings",
-    "load_module",
     "open_corpus",
     "other_datamodule",
     "quieten",
-    "resumed_checkpoint",
 ]
 
 
@@ -247,63 +244,9 @@ def build_module(config: DictConfig, corpus: Corpus, num_tasks: int) -> Text2Tex
     if config.init_from is None:
         overrides = {"dropout": model.dropout, **_plain(model.overrides)}
         return Text2TextModule(size=model.size, overrides=overrides, **common)
-    _check_tokenizer(Path(config.init_from), corpus)
+    check_tokenizer(Path(config.init_from), corpus)
     start = load_t5(config.init_from, dtype=torch.float32, dropout=model.dropout)
     return Text2TextModule(config=start.config, weights=start.state_dict(), **common)
-
-
-def load_module(config: DictConfig, corpus: Corpus) -> Text2TextModule:
-    """A trained model: a checkpoint file of this package, or a folder in the layout of ``transformers``' T5.
-
-    Args:
-        config: With ``checkpoint``.
-        corpus: What it will be evaluated on.
-
-    Raises:
-        ValueError: The checkpoint does not exist, or was trained with another tokenizer than the corpus has.
-    """
-    path = Path(config.checkpoint)
-    if path.is_dir():
-        _check_tokenizer(path, corpus)
-        start = load_t5(path, dtype=torch.float32)
-        return Text2TextModule(vocab_size=corpus.tokenizer.vocab_size, config=start.config, weights=start.state_dict())
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint at {path}; give a .ckpt file of a run, or a folder with config.json")
-    module = Text2TextModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    trained, given = module.hparams["tokenizer"], corpus.tokenizer.fingerprint
-    if trained and trained != given:
-        raise ValueError(
-            f"{path} was trained with the tokenizer {trained[:16]}, the corpus {corpus.path} was compiled with "
-            f"{given[:16]}; compile it again with `--tokenizer FOLDER`, the folder of the corpus that was trained on"
-        )
-    return module
-
-
-def _check_tokenizer(folder: Path, corpus: Corpus) -> None:
-    """Compare the tokenizer beside a ``transformers`` checkpoint with the corpus's; without one, warn.
-
-    Args:
-        folder: The checkpoint.
-        corpus: What its model is to read.
-
-    Raises:
-        ValueError: They differ, or the folder's cannot be loaded.
-    """
-    if not any(folder.glob("tokenizer*.json")) and not (folder / "spiece.model").is_file():
-        if folder.is_dir():
-            rank_zero_warn(
-                f"{folder} holds no tokenizer, so whether its weights were trained on the ids of {corpus.path} is not "
-                "checked; save the tokenizer beside the weights to have them compared"
-            )
-        return
-    theirs, ours = PretrainedTokenizer(str(folder)), corpus.tokenizer
-    if theirs.fingerprint != ours.fingerprint:
-        raise ValueError(
-            f"the weights in {folder} belong to a tokenizer of {theirs.vocab_size:,} ids "
-            f"({theirs.fingerprint[:16]}), but {corpus.path} was compiled with {ours.name} of {ours.vocab_size:,} ids "
-            f"({ours.fingerprint[:16]}), where an id is another word; compile it with `--tokenizer {folder}` "
-            f"(zeroprompt-train: data.tokenizer={folder})"
-        )
 
 
 def build_trainer(config: DictConfig) -> pl.Trainer:
@@ -355,32 +298,6 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
     tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
     if isinstance(tensor_parallel, int):
         check_replicas(config.data.rows_per_batch, 0, trainer.num_devices * trainer.num_nodes // tensor_parallel)
-
-
-def resumed_checkpoint(config: DictConfig) -> str | None:
-    """The checkpoint that ``resume_from`` names, None for a run from the start.
-
-    Lightning's own ``ckpt_path="last"`` starts from nothing, with a warning, where it finds no checkpoint.
-
-    Args:
-        config: With ``resume_from`` and ``paths``.
-
-    Raises:
-        ValueError: There is no such checkpoint.
-    """
-    resumed: str | None = config.resume_from
-    if resumed == "last":
-        path = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt"
-        if not path.exists():
-            raise ValueError(
-                f"resume_from=last: there is no {path}; give hydra.run.dir=FOLDER of the run to go on with, or the "
-                "path of a checkpoint"
-            )
-        return str(path)
-    # Lightning reads addresses such as s3://... by itself.
-    if resumed is not None and "://" not in resumed and not Path(resumed).exists():
-        raise ValueError(f"resume_from={resumed}: there is no such checkpoint; give a .ckpt file of a run, or last")
-    return resumed
 
 
 def _plain(node: Any) -> Any:

@@ -18,11 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_zeroprompt.cli.build import (
     build_datamodule,
     build_trainer,
-    load_module,
     open_corpus,
     other_datamodule,
     quieten,
 )
+from lightning_zeroprompt.cli.checkpoints import load_module
 from lightning_zeroprompt.cli.config import RESOLVED, config_dir, read_config, report_user_errors, write_atomically
 from lightning_zeroprompt.cli.results import print_results, save_results
 from lightning_zeroprompt.data.corpus import Corpus

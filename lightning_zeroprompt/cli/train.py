@@ -27,8 +27,8 @@ from lightning_zeroprompt.cli.build import (
     evaluation_factory,
     open_corpus,
     quieten,
-    resumed_checkpoint,
 )
+from lightning_zeroprompt.cli.checkpoints import check_resumed, resumed_checkpoint
 from lightning_zeroprompt.cli.config import (
     RESOLVED,
     config_dir,
@@ -61,6 +61,8 @@ def train(config: DictConfig) -> None:
     steps = config.trainer.max_steps * config.trainer.accumulate_grad_batches
     datamodule = build_datamodule(config, corpus, steps=steps, on_gpu=on_gpu)
     module = build_module(config, corpus, len(datamodule.task_indices))
+    if resumed is not None:
+        check_resumed(resumed, module)
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(config, resolve=True))
     report = TensorBoardReport(trainer, config, datamodule, module)

@@ -148,6 +148,21 @@ def test_a_resumed_run_refuses_other_data(finished, tiny, root, capsys):
     assert not (root / "other" / "results.json").exists()
 
 
+def test_a_checkpoint_that_does_not_fit_is_refused(finished, tiny, root, capsys):
+    def resumed(path, *more):
+        return refused(capsys, lambda: train(tiny(root / "unfit", f"resume_from={path}", *more)))
+
+    path, cut = finished / "checkpoints" / "last.ckpt", root / "cut.ckpt"
+    assert "checkpoint's model is T5Config(vocab_size=359, d_model=64" in resumed(path, "model=tiny")
+    assert "checkpoint's optimizer is adamw, this run's adafactor" in resumed(path, "optimizer.name=adafactor")
+    prompt = ("model.soft_prompt.mode=shared", "model.soft_prompt.length=2")
+    assert "checkpoint's soft prompt is" in resumed(path, *prompt)
+    for content in (path.read_bytes()[:10_000], b"hi", b""):
+        cut.write_bytes(content)
+        assert "is no checkpoint of zeroprompt-train, or it is damaged" in resumed(cut)
+    assert not (root / "unfit").exists()
+
+
 def test_evaluation_repeats_the_final_scores(finished, root):
     folder = root / "evaluated"
     arguments = (f"checkpoint={finished / 'checkpoints' / 'final.ckpt'}", f"paths.output_dir={folder}")
@@ -316,6 +331,8 @@ def test_checkpoints_that_cannot_be_evaluated(finished, root, tiny, tmp_path, ca
     assert "no checkpoint at" in evaluated(f"checkpoint={finished / 'checkpoints' / 'no.ckpt'}")
     assert "give run=FOLDER" in evaluated("checkpoint=nowhere/checkpoints/no.ckpt")
     assert "no compiled corpus" in evaluated(checkpoint, f"corpus={tmp_path / 'none'}")
+    (tmp_path / "hi.ckpt").write_text("hi")
+    assert "or it is damaged" in evaluated(f"checkpoint={tmp_path / 'hi.ckpt'}", f"run={finished}")
     other = tiny(tmp_path / "run", "data.tokenizer=bpe", "data.num_tasks=31", f"paths.compiled_dir={tmp_path}")
     refused(capsys, lambda: train(other))
     (folder,) = (path for path in tmp_path.glob("builtin-*"))

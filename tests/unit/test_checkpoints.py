@@ -7,7 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lightning_zeroprompt.cli.build import build_module, load_module
+from lightning_zeroprompt.cli.build import build_module
+from lightning_zeroprompt.cli.checkpoints import load_module
 from lightning_zeroprompt.cli.config import config_dir
 from lightning_zeroprompt.data import Task, compile_tasks
 from lightning_zeroprompt.data.task import Example, PromptTemplate
