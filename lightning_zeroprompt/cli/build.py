@@ -278,8 +278,8 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
         trainer: Of the run, not started yet.
 
     Raises:
-        ValueError: A run without a step, a validation interval longer than the run, or rows of a batch that cannot be
-            divided by the ranks.
+        ValueError: A run without a step or with cut evaluations, a validation interval longer than the run, or rows of
+            a batch that cannot be divided by the ranks.
     """
     steps, accumulated, interval = (
         config.trainer[name] for name in ("max_steps", "accumulate_grad_batches", "val_check_interval")
@@ -288,6 +288,13 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
         raise ValueError(
             f"trainer.max_steps={steps} with trainer.accumulate_grad_batches={accumulated}: a run has at least one "
             "step of at least one batch"
+        )
+    limit = trainer.limit_val_batches
+    # Lightning reads 1 as one batch and 1.0 as all.
+    if isinstance(limit, int) or limit < 1:
+        raise ValueError(
+            f"trainer.limit_val_batches={limit} (trainer.fast_dev_run sets it too): a run reports whole evaluations; "
+            "for a short one, set trainer.max_steps, eval.examples_per_task and eval.templates_per_task"
         )
     if isinstance(interval, int) and interval > steps * accumulated:
         raise ValueError(

@@ -295,10 +295,13 @@ class Text2TextModule(pl.LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         """Turn sums into macro scores, keep them in ``summaries`` and log them."""
-        if self.trainer.sanity_checking:
+        # The first batches of a plan say nothing of its scores; such runs (fast_dev_run, say) try the code.
+        datasets = self._evaluation_datasets()
+        limits = zip(self.trainer.num_val_batches, datasets, strict=True)
+        if self.trainer.sanity_checking or any(batches < len(dataset) for batches, dataset in limits):
             return
         self.summaries = []
-        for metric, dataset in zip(self._metrics, self._evaluation_datasets(), strict=True):
+        for metric, dataset in zip(self._metrics, datasets, strict=True):
             with metric.sync_context():
                 table = metric.table()
             self.summaries.append(summarise(dataset.plan, table))

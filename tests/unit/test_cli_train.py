@@ -256,6 +256,8 @@ def refused(capsys, story):
         (["data.holdout_categories=[countng]"], "hold-out category 'countng' is unknown"),
         (["mixture.max_per_task=0"], "max_per_task is 0"),
         (["mixture.max_per_class=0"], "max_per_class is 0"),
+        (["+trainer.limit_val_batches=1"], "trainer.limit_val_batches=1 (trainer.fast_dev_run sets it too)"),
+        (["+trainer.fast_dev_run=true"], "set trainer.max_steps"),
         (["trainer.max_steps=0"], "trainer.max_steps=0"),
         (["trainer.val_check_interval=9"], "val_check_interval=9 batches, but the run has 4 x 1 = 4"),
         (["data.source=csv"], "unknown source 'csv'"),

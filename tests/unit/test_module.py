@@ -346,6 +346,15 @@ def test_the_learning_rate_moves_once_an_optimizer_step(evaluation_corpus):
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.05])
 
 
+@pytest.mark.parametrize("limit", [{"fast_dev_run": True}, {"limit_val_batches": 1}])
+def test_a_trial_run_leaves_no_scores(evaluation_corpus, limit):
+    module, data = make_module(evaluation_corpus), make_data(evaluation_corpus, evaluation=evaluation)
+    trainer = make_trainer(**limit)
+    trainer.fit(module, data)
+    assert trainer.global_step > 0
+    assert module.summaries == []
+
+
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
