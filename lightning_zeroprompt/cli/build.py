@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a Hydra configuration to the library's objects; the only place that knows the configuration's keys.
+"""From a Hydra configuration to the library's objects; with checkpoints.py, the only place that knows the keys.
 
 No ``DictConfig`` leaves this file: constructors get plain typed arguments, so the same objects can be built in Python
 or by LightningCLI.
@@ -17,8 +17,10 @@ from typing import Any
 import hydra.utils
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_zeroprompt.cli.checkpoints import check_tokenizer
 from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
 from lightning_zeroprompt.data.datamodule import EvaluationFactory, TaskDataModule
@@ -40,7 +42,6 @@ __all__ = [
     "data_summary",
     "evaluation_factory",
     "evaluation_settings",
-    "load_module",
     "open_corpus",
     "other_datamodule",
     "quieten",
@@ -58,6 +59,8 @@ def quieten() -> None:
     """Hide notices of libraries that a user of this program can do nothing about."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Of a resumed run in another folder, or in one that was moved: the other folder's checkpoints are left alone.
+    warnings.filterwarnings("ignore", message="The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
@@ -291,6 +294,9 @@ def build_module(config: DictConfig, corpus: Corpus, num_tasks: int) -> Text2Tex
         config: With the groups ``model`` and ``optimizer``, ``init_from`` and ``init_seed``.
         corpus: Its tokenizer gives the vocabulary.
         num_tasks: Training tasks.
+
+    Raises:
+        ValueError: The folder to start from holds another tokenizer than the corpus has.
     """
     model = config.model
     common: dict[str, Any] = {
@@ -305,44 +311,22 @@ def build_module(config: DictConfig, corpus: Corpus, num_tasks: int) -> Text2Tex
     if config.init_from is None:
         overrides = {"dropout": model.dropout, **_plain(model.overrides)}
         return Text2TextModule(size=model.size, overrides=overrides, **common)
+    check_tokenizer(Path(config.init_from), corpus)
     start = load_t5(config.init_from, dtype=torch.float32, dropout=model.dropout)
     return Text2TextModule(config=start.config, weights=start.state_dict(), **common)
-
-
-def load_module(config: DictConfig, corpus: Corpus) -> Text2TextModule:
-    """A trained model: a checkpoint file of this package, or a folder in the layout of ``transformers``' T5.
-
-    Args:
-        config: With ``checkpoint``.
-        corpus: What it will be evaluated on.
-
-    Raises:
-        ValueError: The checkpoint does not exist, or was trained with another tokenizer than the corpus has.
-    """
-    path = Path(config.checkpoint)
-    if path.is_dir():
-        start = load_t5(path, dtype=torch.float32)
-        return Text2TextModule(vocab_size=corpus.tokenizer.vocab_size, config=start.config, weights=start.state_dict())
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint at {path}; give a .ckpt file of a run, or a folder with config.json")
-    module = Text2TextModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    trained, given = module.hparams["tokenizer"], corpus.tokenizer.fingerprint
-    if trained and trained != given:
-        raise ValueError(
-            f"{path} was trained with the tokenizer {trained[:16]}, the corpus {corpus.path} was compiled with "
-            f"{given[:16]}; compile it again with `--tokenizer FOLDER`, the folder of the corpus that was trained on"
-        )
-    return module
 
 
 def build_trainer(config: DictConfig) -> pl.Trainer:
     """Callbacks, logger, strategy and Trainer.
 
     Args:
-        config: With the groups ``trainer``, ``strategy`` and, for training, ``callbacks`` and ``logger``.
+        config: With the groups ``trainer``, ``strategy`` and, for training, ``callbacks`` and ``logger``. Without a
+            logger, a learning-rate monitor, which Lightning refuses then, is left out.
     """
     callbacks = [hydra.utils.instantiate(callback) for callback in (config.get("callbacks") or {}).values()]
     logger = hydra.utils.instantiate(config.logger) if config.get("logger") else False
+    if not logger:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     strategy = config.strategy.strategy
     trainer: pl.Trainer = hydra.utils.instantiate(
         config.trainer,
@@ -357,25 +341,37 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
     """Refuse what would otherwise be noticed only after the untrained model's evaluation.
 
     Args:
-        config: With ``data``, ``strategy`` and ``resume_from``.
+        config: With ``data``, ``trainer`` and ``strategy``.
         trainer: Of the run, not started yet.
 
     Raises:
-        ValueError: The rows of a batch cannot be divided by the ranks, or there is no checkpoint to resume from.
+        ValueError: A run without a step or with cut evaluations, a validation interval longer than the run, or rows of
+            a batch that cannot be divided by the ranks.
     """
+    steps, accumulated, interval = (
+        config.trainer[name] for name in ("max_steps", "accumulate_grad_batches", "val_check_interval")
+    )
+    if steps < 1 or accumulated < 1:
+        raise ValueError(
+            f"trainer.max_steps={steps} with trainer.accumulate_grad_batches={accumulated}: a run has at least one "
+            "step of at least one batch"
+        )
+    limit = trainer.limit_val_batches
+    # Lightning reads 1 as one batch and 1.0 as all.
+    if isinstance(limit, int) or limit < 1:
+        raise ValueError(
+            f"trainer.limit_val_batches={limit} (trainer.fast_dev_run sets it too): a run reports whole evaluations; "
+            "for a short one, set trainer.max_steps, eval.examples_per_task and eval.templates_per_task"
+        )
+    if isinstance(interval, int) and interval > steps * accumulated:
+        raise ValueError(
+            f"trainer.val_check_interval={interval} batches, but the run has {steps} x {accumulated} = "
+            f"{steps * accumulated}; give fewer, or a share of the run such as 0.25"
+        )
     strategy = config.strategy.strategy
     tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
     if isinstance(tensor_parallel, int):
         check_replicas(config.data.rows_per_batch, 0, trainer.num_devices * trainer.num_nodes // tensor_parallel)
-    resumed = config.resume_from
-    if resumed == "last" and not list(Path(config.paths.output_dir).glob("checkpoints/last*.ckpt")):
-        raise ValueError(
-            f"resume_from=last: {config.paths.output_dir} has no checkpoints/last.ckpt; give hydra.run.dir=FOLDER of "
-            "the run to go on with, or the path of a checkpoint"
-        )
-    # Lightning reads addresses such as s3://... by itself.
-    if resumed not in (None, "last") and "://" not in resumed and not Path(resumed).exists():
-        raise ValueError(f"resume_from={resumed}: there is no such checkpoint; give a .ckpt file of a run, or last")
 
 
 def _plain(node: Any) -> Any:

@@ -23,6 +23,16 @@ OmegaConf.register_new_resolver(
 )
 
 
+def _ranks(devices: int | str, num_nodes: int) -> int:
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"trainer.devices={devices}: sharding needs to know the number of devices; give it, as in 2")
+    return devices * num_nodes
+
+
+# Lightning's own "auto" shards over nodes and wants tensor parallelism within one.
+OmegaConf.register_new_resolver("ranks", _ranks, replace=True)
+
+
 def config_dir() -> Path:
     """Folder of the Hydra groups: inside the package once installed, beside it in a source checkout."""
     package = Path(__file__).resolve().parent.parent
@@ -91,10 +101,13 @@ def report_user_errors(story: Callable[[], None]) -> None:
 
     Raises:
         SystemExit: With status 2 after an error that names what was given and the remedy: ValueError, OSError, and what
-            Hydra, OmegaConf and Lightning raise for a configuration that cannot be used.
+            Hydra, OmegaConf and Lightning raise for a configuration that cannot be used. With status 130 after Ctrl-C.
     """
     try:
         story()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError, HydraException, OmegaConfBaseException, MisconfigurationException) as error:
         if os.environ.get("ZEROPROMPT_TRACEBACK"):
             raise

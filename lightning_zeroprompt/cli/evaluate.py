@@ -19,11 +19,11 @@ from lightning_zeroprompt.cli.build import (
     build_datamodule,
     build_trainer,
     check_keys,
-    load_module,
     open_corpus,
     other_datamodule,
     quieten,
 )
+from lightning_zeroprompt.cli.checkpoints import load_module
 from lightning_zeroprompt.cli.config import RESOLVED, config_dir, read_config, report_user_errors, write_atomically
 from lightning_zeroprompt.cli.results import print_results, save_results
 from lightning_zeroprompt.data.corpus import Corpus
@@ -49,6 +49,8 @@ def run_config(config: DictConfig) -> DictConfig:
     run = read_config(folder / RESOLVED)
     for key in ("checkpoint", "eval", "trainer", "strategy"):
         run[key] = config[key]
+    if Path(config.checkpoint).is_dir():
+        run.init_from = config.checkpoint
     run.paths.output_dir = config.paths.output_dir
     run.callbacks, run.logger = None, None
     return run
@@ -76,8 +78,8 @@ def evaluate(config: DictConfig) -> None:
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(merged, resolve=True))
-        save_results(folder, merged, datamodule, module, trainer)
-        print_results(folder, module)
+        results = save_results(folder, merged, datamodule, module, trainer)
+        print_results(folder, results, module)
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="eval")

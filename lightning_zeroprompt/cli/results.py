@@ -3,7 +3,9 @@
 
 import dataclasses
 import json
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lightning_zeroprompt.data.datamodule import TaskDataModule
+from lightning_zeroprompt.data.evaluation import EvaluationDataset
 from lightning_zeroprompt.metrics.summary import EvaluationSummary
 from lightning_zeroprompt.models.module import Text2TextModule
 from lightning_zeroprompt.report import results_table, write_results
@@ -39,7 +42,7 @@ class TensorBoardReport:
         self._logger = logger if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero else None
         self._params = {
             "num_tasks": len(datamodule.task_indices),
-            "model": config.model.size,
+            "model": _model_name(config),
             "d_model": module.config.d_model,
             "source": config.data.source,
             "seed": config.seed,
@@ -103,33 +106,48 @@ def save_results(
         Content of results.json.
     """
     summary, shuffled = module.summaries[0], module.summaries[1] if len(module.summaries) > 1 else None
+    dataset: EvaluationDataset = trainer.val_dataloaders[0].dataset  # type: ignore[index]
+    # A trainer that only evaluates has made no steps.
+    steps = trainer.global_step or module.loaded_steps
     run: dict[str, Any] = {}
     if datamodule.task_indices:
         packing = datamodule.packing_report()
-        batches = trainer.global_step * config.trainer.accumulate_grad_batches
+        batches = steps * config.trainer.accumulate_grad_batches
         tokens = packing.encoder_fill * config.data.encoder_length + packing.decoder_fill * config.data.decoder_length
         run["packing"] = dataclasses.asdict(packing)
         run["tokens_trained"] = round(tokens * config.data.rows_per_batch * batches)
     run |= {
         "seed": config.seed,
-        "steps": trainer.global_step,
-        "model": {"size": config.model.size, "parameters": module.model.num_parameters()},
+        "steps": steps,
+        "model": {"size": _model_name(config), "parameters": module.model.num_parameters()},
+        "truncated_inputs": dataset.num_truncated,
         "corpus": {"fingerprint": datamodule.corpus.fingerprint, **datamodule.corpus.counts},
         "strategy": type(trainer.strategy).__name__,
         "world_size": trainer.world_size,
         "config": OmegaConf.to_container(config, resolve=True),
     }
-    plan = trainer.val_dataloaders[0].dataset.plan  # type: ignore[index]
-    paths = write_results(folder, plan, summary, untrained=untrained, shuffled=shuffled, run=run)
+    paths = write_results(folder, dataset.plan, summary, untrained=untrained, shuffled=shuffled, run=run)
     content: dict[str, Any] = json.loads(paths["results.json"].read_text(encoding="utf-8"))
     return content
 
 
-def print_results(folder: Path, module: Text2TextModule, *, untrained: EvaluationSummary | None = None) -> None:
-    """Print the closing table, the run folder and how to look at the curves.
+def _model_name(config: DictConfig) -> str:
+    name: str = config.model.size if config.init_from is None else config.init_from
+    return name
+
+
+def print_results(
+    folder: Path,
+    results: Mapping[str, Any],
+    module: Text2TextModule,
+    *,
+    untrained: EvaluationSummary | None = None,
+) -> None:
+    """Print the closing table, what was cut, the run folder and how to look at the curves.
 
     Args:
         folder: The run folder.
+        results: Content of results.json.
         module: Holds the last evaluation's summaries.
         untrained: Scores before training, where known.
     """
@@ -137,6 +155,15 @@ def print_results(folder: Path, module: Text2TextModule, *, untrained: Evaluatio
     # Beside a terminal (a log file, a pipe) rich would take 80 columns and cut the table's.
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(results_table(module.summaries[0], untrained=untrained, shuffled=shuffled))
-    console.print(f"Run folder: {folder}", soft_wrap=True)
+    data = results["config"]["data"]
+    lengths = f"encoder_length={data['encoder_length']} and decoder_length={data['decoder_length']}"
+    packing = results.get("packing", {"truncated": 0, "draws": 0})
+    for cut, total, kind in (
+        (packing["truncated"], packing["draws"], "training examples (of the first windows)"),
+        (results["truncated_inputs"], results["sample_sizes"]["items"], "evaluation inputs"),
+    ):
+        if cut:
+            console.print(f"Cut to fit {lengths}: {cut:,} of {total:,} {kind}", highlight=False)
+    console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False)
     if (folder / "tensorboard").is_dir():
-        console.print(f"Curves:     tensorboard --logdir {folder}", soft_wrap=True)
+        console.print(f"Curves:     tensorboard --logdir {shlex.quote(str(folder))}", soft_wrap=True, highlight=False)

@@ -30,6 +30,7 @@ from lightning_zeroprompt.cli.build import (
     open_corpus,
     quieten,
 )
+from lightning_zeroprompt.cli.checkpoints import check_resumed, resumed_checkpoint
 from lightning_zeroprompt.cli.config import (
     RESOLVED,
     config_dir,
@@ -58,10 +59,13 @@ def train(config: DictConfig) -> None:
     corpus = open_corpus(config)
     trainer = build_trainer(config)
     check_run(config, trainer)
+    resumed = resumed_checkpoint(config)
     on_gpu = trainer.strategy.root_device.type == "cuda"
     steps = config.trainer.max_steps * config.trainer.accumulate_grad_batches
     datamodule = build_datamodule(config, corpus, steps=steps, on_gpu=on_gpu)
     module = build_module(config, corpus, len(datamodule.task_indices))
+    if resumed is not None:
+        check_resumed(resumed, module)
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(config, resolve=True))
         print(data_summary(config, datamodule))
@@ -69,14 +73,17 @@ def train(config: DictConfig) -> None:
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     untrained = module.summaries[0]
     datamodule.evaluation = evaluation_factory(config, on_gpu=on_gpu, during_fit=True)
-    trainer.fit(module, datamodule, ckpt_path=config.resume_from, weights_only=True)
+    if resumed is not None:
+        # A run that has ended has ended its only epoch; the steps that are to come need another.
+        trainer.fit_loop.max_epochs = -1
+    trainer.fit(module, datamodule, ckpt_path=resumed, weights_only=True)
     trainer.save_checkpoint(folder / "checkpoints" / "final.ckpt", weights_only=False)
     datamodule.evaluation = evaluation_factory(config, on_gpu=on_gpu, shuffled=config.eval.shuffled)
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         results = save_results(folder, config, datamodule, module, trainer, untrained=untrained)
         report.finish(results)
-        print_results(folder, module, untrained=untrained)
+        print_results(folder, results, module, untrained=untrained)
     trainer.strategy.barrier("results")
 
 

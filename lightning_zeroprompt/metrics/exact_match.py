@@ -10,11 +10,8 @@ Cost: 1 microsecond for two short texts.
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-
 from lightning_zeroprompt.metrics.text import normalise
+from lightning_zeroprompt.metrics.text_mean import TextMean
 
 __all__ = ["ExactMatch", "exact_match"]
 
@@ -44,7 +41,7 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(any(normalise(reference) == wanted for reference in references))
 
 
-class ExactMatch(Metric):
+class ExactMatch(TextMean):
     """Share of texts that match exactly; the class beside :func:`exact_match`.
 
     Example:
@@ -54,30 +51,5 @@ class ExactMatch(Metric):
         tensor(0.5000)
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    matches: Tensor
-    count: Tensor
-
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("matches", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:
-        """Add texts.
-
-        Args:
-            preds: Predicted texts.
-            target: The right texts of each, at least one each.
-
-        Raises:
-            ValueError: The two differ in length, or a text has no reference.
-        """
-        self.matches += sum(exact_match(text, right) for text, right in zip(preds, target, strict=True))
-        self.count += len(preds)
-
-    def compute(self) -> Tensor:
-        """The share over all texts so far: float32 scalar; NaN before the first."""
-        return self.matches / self.count
+        super().__init__(exact_match)

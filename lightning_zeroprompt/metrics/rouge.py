@@ -16,11 +16,8 @@ Cost: 15 microseconds for two texts of 10 words, 0.7 ms for two of 500 (one busy
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-
 from lightning_zeroprompt.metrics.text import pieces
+from lightning_zeroprompt.metrics.text_mean import TextMean
 
 __all__ = ["RougeL", "lcs_length", "rouge_l"]
 
@@ -81,7 +78,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return best
 
 
-class RougeL(Metric):
+class RougeL(TextMean):
     """Mean ROUGE-L F1 over texts; the class beside :func:`rouge_l`.
 
     Example:
@@ -91,30 +88,5 @@ class RougeL(Metric):
         tensor(0.5000)
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:
-        """Add texts.
-
-        Args:
-            preds: Predicted texts.
-            target: The right texts of each, at least one each.
-
-        Raises:
-            ValueError: The two differ in length, or a text has no reference.
-        """
-        self.total += sum(rouge_l(text, right) for text, right in zip(preds, target, strict=True))
-        self.count += len(preds)
-
-    def compute(self) -> Tensor:
-        """The mean over all texts so far: float32 scalar; NaN before the first."""
-        return self.total / self.count
+        super().__init__(rouge_l)

@@ -8,35 +8,28 @@ of a small model is bound by launching kernels; checkpoints in other layouts are
 :mod:`lightning_zeroprompt.models.hf`.
 """
 
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_zeroprompt.models.attention import CrossAttention, OptionGroups, SelfAttention
+from lightning_zeroprompt.models.t5_config import T5Config
 
-__all__ = ["Activation", "DecoderLayer", "EncoderLayer", "FeedForward", "Head"]
-
-Activation = Literal["gated-gelu", "relu"]
-"""``gated-gelu``: T5 v1.1, GELU in its tanh approximation times a linear gate. ``relu``: T5 v1.0."""
+__all__ = ["DecoderLayer", "EncoderLayer", "FeedForward", "Head"]
 
 
 class FeedForward(nn.Module):
     """Position-wise feed-forward network.
 
     Args:
-        d_model: Width of the residual stream.
-        d_ff: Hidden width.
-        activation: See :data:`Activation`.
-        dropout: Probability of dropping a hidden unit in training.
+        config: Gives its widths, activation and dropout.
     """
 
-    def __init__(self, d_model: int, d_ff: int, activation: Activation, dropout: float) -> None:
+    def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.gated = activation == "gated-gelu"
-        self.wi = nn.Linear(d_model, 2 * d_ff if self.gated else d_ff, bias=False)
-        self.wo = nn.Linear(d_ff, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.gated = config.activation == "gated-gelu"
+        self.wi = nn.Linear(config.d_model, 2 * config.d_ff if self.gated else config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., d_model]`` to the same shape."""
@@ -54,31 +47,16 @@ class EncoderLayer(nn.Module):
     """Self-attention and feed-forward, both directions.
 
     Args:
-        d_model: Width of the residual stream.
-        d_kv: Width of a head.
-        d_ff: Hidden width of the feed-forward network.
-        num_heads: Heads.
-        activation: See :data:`Activation`.
-        dropout: Probability.
-        norm_eps: Added to the mean square in the normalisation.
+        config: Gives its widths, heads, activation and dropout.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_kv: int,
-        d_ff: int,
-        num_heads: int,
-        activation: Activation,
-        dropout: float,
-        norm_eps: float,
-    ) -> None:
+    def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.attention = SelfAttention(d_model, d_kv, num_heads, dropout)
-        self.feed_forward_norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.feed_forward = FeedForward(d_model, d_ff, activation, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = SelfAttention(config.d_model, config.d_kv, config.num_heads, config.dropout)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """Map ``[R, L, d_model]`` to the same shape; ``bias``: scores broadcastable to ``[R, heads, L, L]``, added."""
@@ -91,33 +69,19 @@ class DecoderLayer(nn.Module):
     """Causal self-attention, attention to the encoder's output, feed-forward.
 
     Args:
-        d_model: Width of the residual stream.
-        d_kv: Width of a head.
-        d_ff: Hidden width of the feed-forward network.
-        num_heads: Heads.
-        activation: See :data:`Activation`.
-        dropout: Probability.
-        norm_eps: Added to the mean square in the normalisation.
+        config: Gives its widths, heads, activation and dropout.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_kv: int,
-        d_ff: int,
-        num_heads: int,
-        activation: Activation,
-        dropout: float,
-        norm_eps: float,
-    ) -> None:
+    def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.attention = SelfAttention(d_model, d_kv, num_heads, dropout)
-        self.cross_norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.cross_attention = CrossAttention(d_model, d_kv, num_heads, dropout)
-        self.feed_forward_norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.feed_forward = FeedForward(d_model, d_ff, activation, dropout)
-        self.dropout = nn.Dropout(dropout)
+        attention = (config.d_model, config.d_kv, config.num_heads, config.dropout)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = SelfAttention(*attention)
+        self.cross_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.cross_attention = CrossAttention(*attention)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, memory: Tensor, bias: Tensor, cross_mask: Tensor | None, groups: OptionGroups | None = None
@@ -176,22 +140,16 @@ class Head(nn.Module):
     """Final normalisation of the decoder and projection to the vocabulary.
 
     Args:
-        d_model: Width of the residual stream.
-        vocab_size: Entries of the vocabulary.
-        tied: Use the embedding's matrix, given at each call, instead of an own one.
-        scale: Multiply the decoder's output by ``d_model ** -0.5`` first.
-        dropout: Probability.
-        norm_eps: Added to the mean square in the normalisation.
+        config: Says whether the embedding's matrix, given at each call, is used instead of an own one (``tie_head``),
+            and whether the decoder's output is multiplied by ``d_model ** -0.5`` first (``scale_decoder_outputs``).
     """
 
-    def __init__(
-        self, d_model: int, vocab_size: int, *, tied: bool, scale: bool, dropout: float, norm_eps: float
-    ) -> None:
+    def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
-        self.factor = d_model**-0.5 if scale else None
-        self.projection = None if tied else nn.Linear(d_model, vocab_size, bias=False)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.factor = config.d_model**-0.5 if config.scale_decoder_outputs else None
+        self.projection = None if config.tie_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return what is multiplied with the vocabulary's matrix: ``[..., d_model]``."""

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from typing_extensions import override
 
+from lightning_zeroprompt.data.datamodule import TaskDataModule
 from lightning_zeroprompt.data.evaluation import EvaluationDataset
 from lightning_zeroprompt.metrics.summary import EvaluationSummary, summarise
 from lightning_zeroprompt.metrics.task_scores import TaskScores
@@ -125,6 +126,7 @@ class Text2TextModule(pl.LightningModule):
     Attributes:
         model: The T5; None until ``configure_model`` has run.
         summaries: Result of the last evaluation, one for each evaluation dataset.
+        loaded_steps: Optimizer steps of the checkpoint that the module was loaded from, else 0.
     """
 
     model: T5
@@ -148,6 +150,7 @@ class Text2TextModule(pl.LightningModule):
         self.optimizer_settings = _settings(OptimizerSettings, optimizer)
         self.soft_prompt_settings = _settings(SoftPromptSettings, soft_prompt)
         self.summaries: list[EvaluationSummary] = []
+        self.loaded_steps = 0
         self._metrics: list[TaskScores] = []
         # Plain data only: checkpoints are read without unpickling objects.
         self.save_hyperparameters(
@@ -173,6 +176,43 @@ class Text2TextModule(pl.LightningModule):
                 "compile the corpus with the tokenizer of the checkpoint that you start from"
             )
         self._weights = weights
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep how long the checkpoint was trained."""
+        self.loaded_steps = checkpoint.get("global_step", 0)
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Refuse data that this model cannot read or would read without its prompts.
+
+        Raises:
+            ValueError: A :class:`~lightning_zeroprompt.data.TaskDataModule` has more ids, tasks or prompt positions
+                than the model, or fewer prompt positions.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TaskDataModule):
+            return
+        prompt, ids = self.soft_prompt_settings, self.hparams["vocab_size"]
+        # Ids of soft prompts begin where those of the tokenizer end.
+        if data.corpus.vocab_size > ids or (prompt.length and data.corpus.vocab_size != ids):
+            raise ValueError(
+                f"the model was built for {ids:,} ids, {data.corpus.path} was compiled with "
+                f"{data.corpus.vocab_size:,}; give vocab_size={data.corpus.vocab_size}"
+            )
+        if stage != "fit":
+            return
+        positions = data.packing_settings.soft_prompt_length
+        if positions != prompt.length:
+            raise ValueError(
+                f"the model has soft prompts of length {prompt.length}, the data leave room for {positions}; give "
+                f"TaskDataModule soft_prompt_length={prompt.length}"
+            )
+        if prompt.mode == "per_task" and self.hparams["num_tasks"] < len(data.task_indices):
+            raise ValueError(
+                f"the model has soft prompts for {self.hparams['num_tasks']} tasks, the data train "
+                f"{len(data.task_indices)}; give num_tasks={len(data.task_indices)}"
+            )
 
     @override
     def configure_model(self) -> None:
@@ -255,10 +295,13 @@ class Text2TextModule(pl.LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         """Turn sums into macro scores, keep them in ``summaries`` and log them."""
-        if self.trainer.sanity_checking:
+        # The first batches of a plan say nothing of its scores; such runs (fast_dev_run, say) try the code.
+        datasets = self._evaluation_datasets()
+        limits = zip(self.trainer.num_val_batches, datasets, strict=True)
+        if self.trainer.sanity_checking or any(batches < len(dataset) for batches, dataset in limits):
             return
         self.summaries = []
-        for metric, dataset in zip(self._metrics, self._evaluation_datasets(), strict=True):
+        for metric, dataset in zip(self._metrics, datasets, strict=True):
             with metric.sync_context():
                 table = metric.table()
             self.summaries.append(summarise(dataset.plan, table))

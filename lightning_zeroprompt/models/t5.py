@@ -61,15 +61,6 @@ class T5(nn.Module):
     def __init__(self, config: T5Config, *, seed: int = 0, soft_prompt: SoftPrompt | None = None) -> None:
         super().__init__()
         self.config = config
-        layer = (
-            config.d_model,
-            config.d_kv,
-            config.d_ff,
-            config.num_heads,
-            config.activation,
-            config.dropout,
-            config.norm_eps,
-        )
         bias = (config.num_heads, config.relative_buckets, config.relative_max_distance)
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.soft_prompt = soft_prompt
@@ -77,18 +68,11 @@ class T5(nn.Module):
         self.encoder_positions = nn.Embedding(config.max_positions, config.d_model) if positions else None
         self.decoder_positions = nn.Embedding(config.max_positions, config.d_model) if positions else None
         self.encoder_bias = RelativeBias(*bias, bidirectional=True)
-        self.encoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(config.num_encoder_layers))
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
         self.encoder_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.decoder_bias = RelativeBias(*bias, bidirectional=False)
-        self.decoder = nn.ModuleList(DecoderLayer(*layer) for _ in range(config.num_decoder_layers))
-        self.head = Head(
-            config.d_model,
-            config.vocab_size,
-            tied=config.tie_head,
-            scale=config.scale_decoder_outputs,
-            dropout=config.dropout,
-            norm_eps=config.norm_eps,
-        )
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
+        self.head = Head(config)
         self.dropout = nn.Dropout(config.dropout)
         if not self.shared.weight.is_meta:
             self.init_weights(seed)

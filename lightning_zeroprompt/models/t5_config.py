@@ -7,11 +7,12 @@ most of the parameters; the released v1.1 checkpoints are neither, and their con
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
-from lightning_zeroprompt.models.blocks import Activation
+__all__ = ["Activation", "T5Config"]
 
-__all__ = ["T5Config"]
+Activation = Literal["gated-gelu", "relu"]
+"""``gated-gelu``: T5 v1.1, GELU in its tanh approximation times a linear gate. ``relu``: T5 v1.0."""
 
 _PRESETS = {
     # name: d_model, d_kv, d_ff, heads, layers of each stack

@@ -4,6 +4,8 @@
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lightning_zeroprompt.cli.data import main
@@ -155,9 +157,6 @@ def test_hub_and_promptsource_through_the_command(tmp_path, capsys):
 
 
 def _data(folder):
-    pq = pytest.importorskip("pyarrow.parquet")
-    import pyarrow as pa
-
     (folder / "m").mkdir()
     pq.write_table(pa.table({"a": ["b"]}), folder / "m" / "validation.parquet")
     return folder

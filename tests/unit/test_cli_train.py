@@ -86,6 +86,12 @@ def weights(path):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+def checkpoint_steps(folder):
+    """The step of every checkpoint of a run, by name."""
+    files = (folder / "checkpoints").iterdir()
+    return {path.name: torch.load(path, weights_only=True)["global_step"] for path in files}
+
+
 def test_a_run_leaves_its_results(finished):
     found = results(finished)
     assert found["num_tasks"] == 20
@@ -133,6 +139,10 @@ def test_a_resumed_run_ends_with_the_same_weights(finished, tiny, root):
     before = weights(folder / "checkpoints" / "step-3.ckpt")
     assert any(not torch.equal(whole[name], before[name]) for name in whole)
     assert results(folder)["macro"] == results(finished)["macro"]
+    assert checkpoint_steps(folder) == {"step-3.ckpt": 3, "last.ckpt": 4, "final.ckpt": 4}
+    # Once more, now in the folder that the checkpoint was written in.
+    train(tiny(folder, "trainer.max_steps=7", *more))
+    assert checkpoint_steps(folder) == {"step-3.ckpt": 3, "step-6.ckpt": 6, "last.ckpt": 6, "final.ckpt": 7}
 
 
 def test_a_resumed_run_refuses_other_data(finished, tiny, root, capsys):
@@ -140,6 +150,21 @@ def test_a_resumed_run_refuses_other_data(finished, tiny, root, capsys):
     message = refused(capsys, lambda: train(tiny(root / "other", given, "mixture.denoising=0.1")))
     assert "another mixture" in message
     assert not (root / "other" / "results.json").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(finished, tiny, root, capsys):
+    def resumed(path, *more):
+        return refused(capsys, lambda: train(tiny(root / "unfit", f"resume_from={path}", *more)))
+
+    path, cut = finished / "checkpoints" / "last.ckpt", root / "cut.ckpt"
+    assert "checkpoint's model is T5Config(vocab_size=359, d_model=64" in resumed(path, "model=tiny")
+    assert "checkpoint's optimizer is adamw, this run's adafactor" in resumed(path, "optimizer.name=adafactor")
+    prompt = ("model.soft_prompt.mode=shared", "model.soft_prompt.length=2")
+    assert "checkpoint's soft prompt is" in resumed(path, *prompt)
+    for content in (path.read_bytes()[:10_000], b"hi", b""):
+        cut.write_bytes(content)
+        assert "is no checkpoint of zeroprompt-train, or it is damaged" in resumed(cut)
+    assert not (root / "unfit").exists()
 
 
 def test_evaluation_repeats_the_final_scores(finished, root):
@@ -151,7 +176,21 @@ def test_evaluation_repeats_the_final_scores(finished, root):
     peers = ("untrained", "shuffled")
     for one, two in zip(mine["macro"], theirs["macro"], strict=True):
         assert {k: v for k, v in one.items() if k not in peers} == {k: v for k, v in two.items() if k not in peers}
-    assert mine["num_tasks"] == 20
+    for name in ("num_tasks", "steps", "tokens_trained", "truncated_inputs"):
+        assert mine[name] == theirs[name]
+
+
+def test_what_is_cut_is_said(finished, tiny, root, capsys):
+    assert results(finished)["truncated_inputs"] == results(finished)["packing"]["truncated"] == 0
+    train(tiny(root / "cut", "trainer.max_steps=2", "data.encoder_length=80", "data.decoder_length=20"))
+    found, printed = results(root / "cut"), " ".join(capsys.readouterr().out.split())
+    cut, draws = found["packing"]["truncated"], found["packing"]["draws"]
+    inputs, items = found["truncated_inputs"], found["sample_sizes"]["items"]
+    assert 0 < cut < draws
+    assert 0 < inputs < items
+    where = "Cut to fit encoder_length=80 and decoder_length=20"
+    assert f"{where}: {cut:,} of {draws:,} training examples" in printed
+    assert f"{where}: {inputs:,} of {items:,} evaluation inputs" in printed
 
 
 def command(*arguments):
@@ -187,15 +226,16 @@ def test_a_multirun_has_a_folder_a_job_and_goes_on_after_a_failure(finished, roo
     assert all(ids and ids <= all_ids for ids, all_ids in zip(trained, chosen, strict=True))
 
 
-def test_ranks_of_a_multirun_job_share_one_configuration(finished, root):
-    sweep = root / "ranks"
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "DDPStrategy"), ("fsdp2", "ModelParallelStrategy")])
+def test_ranks_of_a_multirun_job_share_one_configuration(finished, root, strategy, kind):
+    sweep = root / strategy
     shared = (*TINY, *EVALUATION, "trainer.max_steps=2", f"paths.compiled_dir={root / 'compiled'}")
-    arguments = ("strategy=ddp", "trainer.devices=2", "callbacks=none", "mixture.denoising=0.3")
+    arguments = (f"strategy={strategy}", "trainer.devices=2", "callbacks=none", "mixture.denoising=0.3")
     done = command("-m", *shared, *arguments, f"hydra.sweep.dir={sweep}", "hydra.sweep.subdir=${hydra.job.num}")
     assert done.returncode == 0, done.stderr
     found = results(sweep / "0")
     assert found["world_size"] == 2
-    assert found["strategy"] == "DDPStrategy"
+    assert found["strategy"] == kind
     assert found["steps"] == 2
     assert [file.name for file in sweep.glob("*/results.json")] == ["results.json"]
 
@@ -220,12 +260,18 @@ def refused(capsys, story):
         (["data.holdout_categories=[countng]"], "hold-out category 'countng' is unknown"),
         (["mixture.max_per_task=0"], "max_per_task is 0"),
         (["mixture.max_per_class=0"], "max_per_class is 0"),
+        (["+trainer.limit_val_batches=1"], "trainer.limit_val_batches=1 (trainer.fast_dev_run sets it too)"),
+        (["+trainer.fast_dev_run=true"], "set trainer.max_steps"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0"),
+        (["trainer.val_check_interval=9"], "val_check_interval=9 batches, but the run has 4 x 1 = 4"),
         (["data.source=csv"], "unknown source 'csv'"),
         (["data.rows_per_batch=3", "strategy=ddp", "trainer.devices=2"], "3 / 2 = 1.50 rows a rank"),
+        (["strategy=fsdp2", "trainer.devices=auto"], "trainer.devices=auto: sharding needs to know the number"),
         (["model.size=gigantic"], "unknown T5 size 'gigantic'; known sizes: nano"),
         (["+model.overrides.d_modle=3"], "unknown T5Config fields ['d_modle']"),
         (["optimizer.name=sgd"], "optimizer name 'sgd' is unknown; use 'adamw' or 'adafactor'"),
         (["resume_from=nowhere/last.ckpt"], "there is no such checkpoint"),
+        (["resume_from=last"], "give hydra.run.dir=FOLDER of the run to go on with"),
         (["init_from=nowhere"], "nowhere"),
         (["data.compiled=nowhere"], "nowhere"),
         (["data=parquet", "data.path=nowhere"], "nowhere"),
@@ -285,6 +331,16 @@ def test_training_tasks_of_heldout_families_are_refused_or_dropped(tiny, tmp_pat
     assert {(row["task_id"], row["level"]) for row in rows} == {("d", "category"), ("a", "instance"), ("c", "instance")}
 
 
+def test_an_interruption_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        report_user_errors(interrupted)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     given = (f"data.path={tmp_path / 'data'}", f"paths.compiled_dir={tmp_path}", f"paths.output_dir={tmp_path / 'run'}")
@@ -320,6 +376,8 @@ def test_checkpoints_that_cannot_be_evaluated(finished, root, tiny, tmp_path, ca
     assert "no checkpoint at" in evaluated(f"checkpoint={finished / 'checkpoints' / 'no.ckpt'}")
     assert "give run=FOLDER" in evaluated("checkpoint=nowhere/checkpoints/no.ckpt")
     assert "no compiled corpus" in evaluated(checkpoint, f"corpus={tmp_path / 'none'}")
+    (tmp_path / "hi.ckpt").write_text("hi")
+    assert "or it is damaged" in evaluated(f"checkpoint={tmp_path / 'hi.ckpt'}", f"run={finished}")
     other = tiny(tmp_path / "run", "data.tokenizer=bpe", "data.num_tasks=31", f"paths.compiled_dir={tmp_path}")
     refused(capsys, lambda: train(other))
     (folder,) = (path for path in tmp_path.glob("builtin-*"))

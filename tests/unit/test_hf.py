@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lightning_zeroprompt.models.hf import CheckpointError, load_t5, save_t5
 from lightning_zeroprompt.models.t5 import T5, T5Config
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="install lightning-zeroprompt[hf]")
 
 VOCAB = 99
 TOLERANCE = 1e-5

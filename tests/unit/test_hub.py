@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from lightning_zeroprompt.data.sources.hub import hub_tasks, local_files, read_mapping
 from lightning_zeroprompt.data.task import TaskError
-
-datasets = pytest.importorskip("datasets")
 
 MAPPINGS = Path(__file__).parents[2] / "conf" / "mappings"
 

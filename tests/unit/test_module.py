@@ -346,7 +346,40 @@ def test_the_learning_rate_moves_once_an_optimizer_step(evaluation_corpus):
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.05])
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("limit", [{"fast_dev_run": True}, {"limit_val_batches": 1}])
+def test_a_trial_run_leaves_no_scores(evaluation_corpus, limit):
+    module, data = make_module(evaluation_corpus), make_data(evaluation_corpus, evaluation=evaluation)
+    trainer = make_trainer(**limit)
+    trainer.fit(module, data)
+    assert trainer.global_step > 0
+    assert module.summaries == []
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ({"vocab_size": 358}, {}, "built for 358 ids, .* compiled with 359; give vocab_size=359"),
+        ({"soft_prompt": {"mode": "shared", "length": 2}}, {}, "length 2, the data leave room for 0"),
+        ({}, {"soft_prompt_length": 2}, "length 0, the data leave room for 2"),
+        (
+            {"soft_prompt": {"mode": "per_task", "length": 2}, "num_tasks": 3},
+            {"soft_prompt_length": 2},
+            "soft prompts for 3 tasks, the data train 4; give num_tasks=4",
+        ),
+        (
+            {"vocab_size": 400, "soft_prompt": {"mode": "shared", "length": 2}},
+            {"soft_prompt_length": 2},
+            "built for 400 ids",
+        ),
+    ],
+)
+def test_a_model_refuses_data_that_it_cannot_read(evaluation_corpus, model, data, message):
+    module = Text2TextModule(**({"vocab_size": 359, "size": "nano"} | model))
+    with pytest.raises(ValueError, match=message):
+        make_trainer().fit(module, make_data(evaluation_corpus, **data))
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: install g++")
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])

@@ -9,14 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lightning_zeroprompt.data.describe import task_counts
 from lightning_zeroprompt.data.sources.parquet import COLUMNS, parquet_files, parquet_tasks
 from lightning_zeroprompt.data.task import TaskError
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 CONSTANT = ("family", "category", "language", "tier", "benchmark", "source", "licence")
 DATA = Path(os.environ.get("ZEROPROMPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -156,9 +155,10 @@ def test_bigbench_is_refused_for_training_under_any_name(folder):
     assert "bb" not in {t.task_id for t in parquet_tasks(folder, num_tasks=None)}
     found = parquet_tasks(folder, num_tasks=None, include_bigbench=True)[-1]
     assert (found.task_id, found.role, found.training_allowed) == ("bb", "heldout", False)
-    write(folder, "train_more", [row("bb", source="github google/BIG-bench")])
-    with pytest.raises(TaskError, match=r"'bb' .* may not be used for training"):
-        parquet_tasks(folder, splits=("train", "train_more"), num_tasks=None)
+    for origin in ({"source": "github google/BIG-bench"}, {"benchmark": "bigbench"}):
+        write(folder, "train_more", [row("bb", **origin)])
+        with pytest.raises(TaskError, match=r"'bb' .* may not be used for training"):
+            parquet_tasks(folder, splits=("train", "train_more"), num_tasks=None)
 
 
 def test_missing_folders_and_files(tmp_path, folder):
@@ -263,7 +263,10 @@ def test_importing_the_module_imports_no_pyarrow():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.skipif(not (DATA / "train.parquet").is_file(), reason="the real data are not here (set ZEROPROMPT_DATA)")
+@pytest.mark.skipif(
+    not (DATA / "train.parquet").is_file(),
+    reason=f"no task data at {DATA}; set ZEROPROMPT_DATA to a folder that has train.parquet",
+)
 def test_real_folder():
     tasks = parquet_tasks(DATA, include_noncommercial=True)
     train = [task for task in tasks if task.role == "train"]

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -14,9 +16,6 @@ from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.sources.promptsource import JinjaTemplate, load_templates, promptsource_tasks
 from lightning_zeroprompt.data.task import TaskError
 from lightning_zeroprompt.data.tokenizer import ByteTokenizer
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 DATA = Path(os.environ.get("ZEROPROMPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 ROWS = [
@@ -266,7 +265,10 @@ def test_importing_the_module_imports_no_jinja():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.skipif(not (DATA / "templates_t0").is_dir(), reason="the T0 templates are not here (set ZEROPROMPT_DATA)")
+@pytest.mark.skipif(
+    not (DATA / "templates_t0").is_dir(),
+    reason=f"no T0 templates at {DATA}; set ZEROPROMPT_DATA to a folder that has templates_t0/",
+)
 @pytest.mark.parametrize("original_only", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_t0_templates_render_as_promptsource_does(original_only):
     class Loader(yaml.SafeLoader):

@@ -72,7 +72,7 @@ def test_there_is_something_to_run():
 def planned(target):
     """The commands that make would run with .venv ready."""
     if shutil.which("make") is None:
-        pytest.skip("make is not installed")
+        pytest.skip("make is not installed; install it with the system's packages")
     # Under `make test` this is a nested make: its inherited flags would add lines about the folder that it is in.
     alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(["make", "-n", target], cwd=ROOT, env=alone, capture_output=True, text=True, timeout=60)

@@ -70,7 +70,7 @@ def test_options_equal_one_forward_pass_each(model, batches):
 
 
 def test_options_equal_transformers(batches, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="install lightning-zeroprompt[hf]")
     from lightning_zeroprompt.models import hf
 
     config = transformers.T5Config(

@@ -55,7 +55,8 @@ def pack(parts: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (16, 40), (8, 1000)])
 def test_buckets_equal_transformers(bidirectional: bool, num_buckets: int, max_distance: int) -> None:
-    peer = pytest.importorskip("transformers.models.t5.modeling_t5").T5Attention._relative_position_bucket
+    module = pytest.importorskip("transformers.models.t5.modeling_t5", reason="install lightning-zeroprompt[hf]")
+    peer = module.T5Attention._relative_position_bucket
     distances = torch.arange(-1500, 1500)
     ours = relative_buckets(distances, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance)
     assert torch.equal(ours, peer(distances, bidirectional, num_buckets, max_distance))

@@ -131,7 +131,7 @@ def test_load_tokenizer_refuses_unknown_kinds():
 
 
 def _save_pretrained(folder, pad=0, sentinels=0):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="install lightning-zeroprompt[hf]")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2, "good": 3, "bad": 4}

@@ -252,7 +252,8 @@ def _task(name: str, found: _Found, role: Role, instructions: Sequence[str]) -> 
         raise TaskError(
             f"{found.file.path}: task {name!r} has tier {first['tier']!r}; known tiers: {', '.join(_TIERS)}"
         )
-    is_bigbench = "bigbench" in (found.file.path.stem + first["source"]).lower().replace("-", "").replace(" ", "")
+    named = (found.file.path.stem + first["source"] + first["benchmark"]).lower()
+    is_bigbench = "bigbench" in named.replace("-", "").replace("_", "").replace(" ", "")
     return Task(
         task_id=name,
         category=first["category"],
