@@ -113,6 +113,8 @@ class Pipeline:
             self._shard(whole, precision or MixedPrecisionPolicy(), CPUOffloadPolicy() if cpu_offload else None)
         named = dict(chain.root.named_parameters())
         self.copies: dict[str, nn.Parameter] = {name: named[name] for name in sorted(self.owned & set(self._sums))}
+        # NCCL makes a group's communicator at its first use, which all of its ranks have to join: no send can be that.
+        dist.all_reduce(torch.zeros(1, device=device), group=groups.pipeline)
         self.executor = PipelineExecutor(self.stages, placement, groups.pipeline, device)
 
     def _shard(self, whole: set[str], precision: MixedPrecisionPolicy, offload: OffloadPolicy | None) -> None:

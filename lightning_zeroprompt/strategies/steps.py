@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from lightning_zeroprompt.pipeline.batch import batch_rows, signature, split_batch, split_sizes
@@ -145,10 +146,12 @@ class PipelineSteps:
             results = self._pipeline.executor.forward([self._micro_batch(method, args, kwargs, 0, 0)], end)
         if log:
             self._relay.send(None, rows)
-        message = results or [None]
-        if groups.layout.pipeline > 1:
-            dist.broadcast_object_list(message, self._pipeline.last_rank, group=groups.control)
-        return message[0]
+        if groups.layout.pipeline == 1:
+            return results[0]
+        # Over the CPU: a pickled tensor comes back on the device of the sender.
+        message = [move_data_to_device(result, torch.device("cpu")) for result in results] or [None]
+        dist.broadcast_object_list(message, self._pipeline.last_rank, group=groups.control)
+        return results[0] if results else move_data_to_device(message[0], self._pipeline.device)
 
     # -- user code ------------------------------------------------------------------------------------------------
 
