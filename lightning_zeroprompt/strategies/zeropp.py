@@ -75,7 +75,12 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
         Trainer(strategy="zeropp", devices=8)
         Trainer(strategy=ZeroPPStrategy(pipeline_parallel_size=4, data_parallel_size=2, num_microbatches=16), devices=8)
+
+    Attributes:
+        weighs_micro_batches: For modules that average over ranks themselves elsewhere: here ``loss_weight`` does it.
     """
+
+    weighs_micro_batches = True
 
     def __init__(
         self,
