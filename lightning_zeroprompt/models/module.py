@@ -127,9 +127,11 @@ class Text2TextModule(pl.LightningModule):
     Attributes:
         model: The T5; None until ``configure_model`` has run.
         summaries: Result of the last evaluation, one for each evaluation dataset.
+        evaluate_whole: For pipeline strategies: an evaluation step calls the model in several ways, not once.
     """
 
     model: T5
+    evaluate_whole = True
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``StageBase`` is ``PipelineStage`` without its first-step metadata exchange, which runs the user's loss on
   uninitialised tensors (2.13) and allocates one receive buffer a micro-batch for ever (both).
 * ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
+* ``gather_stage`` gathers a stage outside of a schedule, also before its first forward pass.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
 """
 
@@ -35,6 +36,7 @@ __all__ = [
     "StageBase",
     "UnshardedGradBuffers",
     "finish_reductions",
+    "gather_stage",
     "reduce_gradients",
     "to_actions",
 ]
@@ -203,6 +205,15 @@ def finish_reductions(root: FSDPModule) -> None:
     """Make the current stream wait for a stage's reductions, at the end of a step."""
     root.set_is_last_backward(True)
     fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+def gather_stage(root: FSDPModule) -> None:
+    """Gather all weights of a stage and wait for them."""
+    # The stage has to be known as the root before one of its blocks runs by itself.
+    fully_shard.state(root)._lazy_init()  # type: ignore[attr-defined]
+    for part in root.modules():  # type: ignore[attr-defined]
+        if isinstance(part, FSDPModule):
+            part.unshard()
 
 
 class UnshardedGradBuffers:
