@@ -7,7 +7,7 @@ here knows of Lightning; the benchmarks run it bare.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -132,6 +132,16 @@ class Pipeline:
             # A tied parameter has places outside this rank's stages too, such as an embedding's beside its head.
             if part._parameters[name] is old and id(old) in sharded:
                 part._parameters[name] = sharded[id(old)]
+
+    @property
+    def owners(self) -> Mapping[str, tuple[int, ...]]:
+        """For each parameter of the whole model, by name, the pipeline ranks that hold it, ascending."""
+        return self._owners
+
+    def modules_of(self, stage: int) -> list[nn.Module]:
+        """The blocks of any stage and the outside modules that live on it."""
+        first, end = self.cuts[stage]
+        return [*self.chain.blocks[first:end], *self._ownership.modules[stage]]
 
     @property
     def last_rank(self) -> int:

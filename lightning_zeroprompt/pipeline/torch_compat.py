@@ -10,16 +10,21 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
 * ``gather_stage`` gathers a stage outside of a schedule, also before its first forward pass.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
+* ``shard_like`` and ``SafeFileSystemReader`` are for checkpoints: shards without messages, folders without pickles.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -27,17 +32,20 @@ from torch.distributed.pipelining.schedules import (
     _ComputationType,
     _PipelineScheduleRuntime,
 )
+from torch.distributed.tensor import DTensor
 
 from lightning_zeroprompt.pipeline.schedule import Kind, Task
 from lightning_zeroprompt.pipeline.weight_grad import GradBuffer
 
 __all__ = [
     "RuntimeBase",
+    "SafeFileSystemReader",
     "StageBase",
     "UnshardedGradBuffers",
     "finish_reductions",
     "gather_stage",
     "reduce_gradients",
+    "shard_like",
     "to_actions",
 ]
 
@@ -251,3 +259,73 @@ class _UnshardedGradBuffer:
             self._param.unsharded_accumulated_grad = grad.to(self._param.reduce_dtype)
         else:
             held += grad
+
+
+def shard_like(whole: Tensor, like: DTensor) -> DTensor:
+    """This rank's shard of a tensor that every rank has, without any message.
+
+    Args:
+        whole: Of the global shape of ``like``, on any device.
+        like: Says how it is sharded, and where shards live.
+
+    Returns:
+        A new tensor; it shares no memory with ``whole``.
+    """
+    chunk = like.__create_chunk_list__()[0]  # type: ignore[no-untyped-call]
+    index = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+    local = whole[index].to(like.to_local().device, copy=True)
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+class SafeFileSystemReader(FileSystemReader):
+    """torch's reader of checkpoint folders, which unpickles their index, with an unpickler that knows the index alone.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        pickle.UnpicklingError: If the index names anything else than what such an index is made of.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with (path / ".metadata").open("rb") as file:
+            self.index: Metadata = _IndexUnpickler(file).load()
+        if self.index.storage_meta is None:
+            self.index.storage_meta = StorageMeta()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index, read once."""
+        return self.index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    _KNOWN: ClassVar[dict[str, set[str]]] = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size"},
+        "collections": {"OrderedDict"},
+        "pathlib": {"PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+        "pathlib._local": {"PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in self._KNOWN.get(module, ()) or (module == "torch" and isinstance(_torch_name(name), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of a checkpoint does")
+
+
+def _torch_name(name: str) -> Any:
+    return getattr(torch, name, None)

@@ -3,8 +3,9 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_zeroprompt.strategies.checkpoint import consolidate_checkpoint
 from lightning_zeroprompt.strategies.zeropp import ZeroPPStrategy
 
-__all__ = ["ZeroPPStrategy"]
+__all__ = ["ZeroPPStrategy", "consolidate_checkpoint"]
 
 ZeroPPStrategy.register_strategies(StrategyRegistry)

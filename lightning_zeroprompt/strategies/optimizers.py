@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ class OwnedOptimizers:
     Attributes:
         groups: Once ``keep_owned`` has run: for each parameter group the names of all its parameters in the whole
             model.
+        names: Likewise, names of this rank's parameters by their ids.
+        kernels: Likewise, the user's choice of kernels for each group.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -37,6 +40,8 @@ class OwnedOptimizers:
         self._placeholders: dict[int, str] = {}
         self._alive: list[nn.Parameter] = []
         self.groups: list[list[str]] = []
+        self.names: dict[int, str] = {}
+        self.kernels: list[dict[str, Any]] = []
 
     @contextmanager
     def placeholders(self) -> Iterator[None]:
@@ -69,7 +74,7 @@ class OwnedOptimizers:
             ValueError: If it holds a parameter that is none of the module's.
         """
         names = {id(parameter): name for name, parameter in self._pipeline.chain.root.named_parameters()}
-        self.groups = []
+        self.groups, self.names, self.kernels = [], names, []
         for group in optimizer.param_groups:
             known = []
             for parameter in group["params"]:
@@ -81,6 +86,7 @@ class OwnedOptimizers:
                     )
                 known.append(name)
             self.groups.append(known)
+            self.kernels.append({key: group[key] for key in ("foreach", "fused") if key in group})
             group["params"] = [p for p in group["params"] if id(p) not in self._placeholders]
             if len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1:
                 # Kernels over many tensors at once take sharded or whole ones, not both.

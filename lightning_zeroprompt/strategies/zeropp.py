@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -38,6 +40,8 @@ from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
 from lightning_zeroprompt.strategies.broadcast import broadcast_batch
+from lightning_zeroprompt.strategies.checkpoint.optimizer import load_named_state, named_state, numbers_to_names
+from lightning_zeroprompt.strategies.checkpoint.trainer import load_checkpoint, load_module_state, save_checkpoint
 from lightning_zeroprompt.strategies.optimizers import OwnedOptimizers
 from lightning_zeroprompt.strategies.steps import PipelineSteps
 from lightning_zeroprompt.strategies.support import fsdp_precision, hydra_config
@@ -291,7 +295,6 @@ class ZeroPPStrategy(ModelParallelStrategy):
         if self._evaluates_whole:
             self._evaluate_whole(trainer)
         self.pipeline.prepare()
-        self._owned_optimizers = None
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -522,6 +525,58 @@ class ZeroPPStrategy(ModelParallelStrategy):
         if self._is_whole:
             return super().predict_step(*args, **kwargs)
         return self._steps.evaluate(self._module.predict_step, args, kwargs, log=False)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's part under the names of the whole model; other ranks' parameters are on the meta device."""
+        return self._module.state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """This rank's part by parameter names, with the groups of the whole model."""
+        return named_state(optimizer, self._optimizer_names)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        load_module_state(self._module, checkpoint["state_dict"], strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        owned = self._optimizer_names
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            load_named_state(optimizer, numbers_to_names(state, owned.groups), owned)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        self._refuse_in_user_code("save_checkpoint")
+        if storage_options is not None:
+            raise TypeError("zeropp writes checkpoints itself: there are no storage_options")
+        path = Path(self.broadcast(filepath))
+        save_checkpoint(checkpoint, path, self.pipeline, as_folder=self._save_distributed_checkpoint)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        fitting = self._module.trainer.state.fn == TrainerFn.FITTING
+        return load_checkpoint(
+            Path(self.broadcast(checkpoint_path)),
+            self.pipeline,
+            self._owned_optimizers if fitting and self.optimizers else None,
+            strict=self._module.strict_loading,
+            weights_only=weights_only,
+        )
+
+    @property
+    def _optimizer_names(self) -> OwnedOptimizers:
+        if self._owned_optimizers is None:
+            raise RuntimeError("there is no optimizer before fit")
+        return self._owned_optimizers
 
     @classmethod
     @override
