@@ -30,6 +30,7 @@ from lightning_zeroprompt.data.prepare import compile_source
 from lightning_zeroprompt.models.hf import load_t5
 from lightning_zeroprompt.models.module import SoftPromptSettings, Text2TextModule
 from lightning_zeroprompt.models.prompt_transfer import prompt_numbers
+from lightning_zeroprompt.strategies import ZeroPPStrategy
 
 __all__ = [
     "build_datamodule",
@@ -59,7 +60,11 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.getMessage().startswith("zeropp:")
 
 
 def check_keys(config: DictConfig) -> None:
@@ -364,9 +369,12 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
         ValueError: The rows of a batch cannot be divided by the ranks, or there is no checkpoint to resume from.
     """
     strategy = config.strategy.strategy
-    tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
-    if isinstance(tensor_parallel, int):
-        check_replicas(config.data.rows_per_batch, 0, trainer.num_devices * trainer.num_nodes // tensor_parallel)
+    if isinstance(trainer.strategy, ZeroPPStrategy):
+        check_replicas(config.data.rows_per_batch, 0, trainer.strategy.data_parallel_size)
+    else:
+        tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
+        if isinstance(tensor_parallel, int):
+            check_replicas(config.data.rows_per_batch, 0, trainer.num_devices * trainer.num_nodes // tensor_parallel)
     resumed = config.resume_from
     if resumed == "last" and not list(Path(config.paths.output_dir).glob("checkpoints/last*.ckpt")):
         raise ValueError(

@@ -178,6 +178,11 @@ class ZeroPPStrategy(ModelParallelStrategy):
         self._seed = seed[0]
 
     @property
+    def data_parallel_size(self) -> int:
+        """D, into which the rows of a batch are divided."""
+        return self._data_size
+
+    @property
     def groups(self) -> ProcessGroups:
         """The ranks."""
         if self._groups is None:
@@ -536,6 +541,9 @@ class ZeroPPStrategy(ModelParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's part under the names of the whole model; other ranks' parameters are on the meta device."""
+        if self._whole is not None:
+            # A callback that saves at the end of an evaluation's epoch; there are no steps behind it.
+            self._whole.release()
         return self._module.state_dict()
 
     @override
