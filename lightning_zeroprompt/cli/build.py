@@ -32,6 +32,7 @@ from lightning_zeroprompt.data.prepare import compile_source
 from lightning_zeroprompt.models.hf import load_t5
 from lightning_zeroprompt.models.module import SoftPromptSettings, Text2TextModule
 from lightning_zeroprompt.models.prompt_transfer import prompt_numbers
+from lightning_zeroprompt.strategies import ZeroPPStrategy
 
 __all__ = [
     "build_datamodule",
@@ -62,7 +63,11 @@ def quieten() -> None:
     # Of a resumed run in another folder, or in one that was moved: the other folder's checkpoints are left alone.
     warnings.filterwarnings("ignore", message="The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.getMessage().startswith("zeropp:")
 
 
 def check_keys(config: DictConfig) -> None:
@@ -369,9 +374,12 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
             f"{steps * accumulated}; give fewer, or a share of the run such as 0.25"
         )
     strategy = config.strategy.strategy
-    tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
-    if isinstance(tensor_parallel, int):
-        check_replicas(config.data.rows_per_batch, 0, trainer.num_devices * trainer.num_nodes // tensor_parallel)
+    if isinstance(trainer.strategy, ZeroPPStrategy):
+        check_replicas(config.data.rows_per_batch, 0, trainer.strategy.data_parallel_size)
+    else:
+        tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
+        if isinstance(tensor_parallel, int):
+            check_replicas(config.data.rows_per_batch, 0, trainer.num_devices * trainer.num_nodes // tensor_parallel)
 
 
 def _plain(node: Any) -> Any:

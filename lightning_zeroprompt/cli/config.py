@@ -12,7 +12,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["RESOLVED", "config_dir", "read_config", "report_user_errors", "run_in_fresh_process", "write_atomically"]
+__all__ = [
+    "RESOLVED",
+    "config_dir",
+    "fresh_process",
+    "read_config",
+    "report_user_errors",
+    "run_in_fresh_process",
+    "write_atomically",
+]
 
 RESOLVED = "config.yaml"
 """Name of the resolved configuration in the run folder."""
@@ -84,13 +92,22 @@ def run_in_fresh_process(module: str, config: DictConfig, folder: Path) -> None:
     Raises:
         ChildProcessError: The job failed. Hydra goes on with the other jobs and reports it when they are done.
     """
+    status = fresh_process(module, config, folder)
+    if status:
+        raise ChildProcessError(f"the job in {folder} ended with exit status {status}; its own message stands above")
+
+
+def fresh_process(module: str, config: DictConfig, folder: Path) -> int:
+    """As :func:`run_in_fresh_process`, but return the process's exit status."""
     path = folder / RESOLVED
     write_atomically(path, OmegaConf.to_yaml(config, resolve=True))
-    done = subprocess.run([sys.executable, "-m", module, str(path)], check=False)  # noqa: S603 - our own module
-    if done.returncode:
-        raise ChildProcessError(
-            f"the job in {folder} ended with exit status {done.returncode}; its own message stands above"
-        )
+    with subprocess.Popen([sys.executable, "-m", module, str(path)]) as process:  # noqa: S603 - our own module
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                # The process has got it too, and ends when it has saved what it saves then.
+                continue
 
 
 def report_user_errors(story: Callable[[], None]) -> None:

@@ -6,10 +6,12 @@
     zeroprompt-train -m data.num_tasks=10,100,1000 model=tiny,mini
 
 The run folder holds ``config.yaml``, ``results.json``, ``results.csv``, ``results.png``, TensorBoard events and
-checkpoints. Under ``-m`` every job is a fresh process that starts from its resolved configuration.
+checkpoints. Every job of a ``-m``, and every run on several ranks, is a fresh process that starts from its resolved
+configuration, so that all ranks get the same one.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from lightning_zeroprompt.cli.checkpoints import check_resumed, resumed_checkpoi
 from lightning_zeroprompt.cli.config import (
     RESOLVED,
     config_dir,
+    fresh_process,
     read_config,
     report_user_errors,
     run_in_fresh_process,
@@ -87,6 +90,15 @@ def train(config: DictConfig) -> None:
     trainer.strategy.barrier("results")
 
 
+def run_ranks(config: DictConfig) -> int:
+    """Run a job on several ranks, which Lightning starts from the fresh process's command line.
+
+    Returns:
+        Its exit status.
+    """
+    return fresh_process("lightning_zeroprompt.cli.train", config, Path(config.paths.output_dir))
+
+
 def job(arguments: list[str]) -> None:
     """Run one job from its resolved configuration: ``python -m lightning_zeroprompt.cli.train CONFIG``."""
     (path,) = arguments
@@ -97,7 +109,10 @@ def job(arguments: list[str]) -> None:
 def main(config: DictConfig) -> float | None:
     """Console script; returns the held-out score for Hydra's sweepers."""
     if HydraConfig.get().mode != RunMode.MULTIRUN:
-        report_user_errors(lambda: train(config))
+        if config.trainer.devices == 1 or "LOCAL_RANK" in os.environ:
+            report_user_errors(lambda: train(config))
+        elif status := run_ranks(config):
+            raise SystemExit(status)
         return None
     folder = Path(config.paths.output_dir)
     run_in_fresh_process("lightning_zeroprompt.cli.train", config, folder)

@@ -350,7 +350,7 @@ class TaskDataModule(LightningDataModule):
         """A loader for each dataset of ``evaluation``."""
         if self.evaluation is None:
             return []
-        datasets = self.evaluation(self.corpus, self.task_indices, **self._place())
+        datasets = self.evaluation(self.corpus, self.task_indices, **self._place(evaluation=True))
         return [Loader(dataset, pin_memory=self.pin_memory) for dataset in datasets]
 
     @override
@@ -383,9 +383,13 @@ class TaskDataModule(LightningDataModule):
         state = {name: value for name, value in self.__dict__.items() if name not in ("corpus", "stream", "_loader")}
         return state | {"_source": self.corpus.path, "_loader": None}
 
-    def _place(self) -> dict[str, int]:
+    def _place(self, *, evaluation: bool = False) -> dict[str, int]:
         """Data-parallel size and rank of the strategy; its model-parallel ranks read the same rows."""
-        given = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        given = None
+        if self.trainer is not None:
+            own = getattr(self.trainer.strategy, "evaluation_sampler_kwargs", None) if evaluation else None
+            given = own or self.trainer.distributed_sampler_kwargs
+        given = given or {}
         return {"num_replicas": int(given.get("num_replicas", 1)), "rank": int(given.get("rank", 0))}
 
     def _identity(self) -> dict[str, str]:

@@ -4,7 +4,8 @@
 The loss is the mean over *target tokens* of the whole global batch, so it does not depend on how many data-parallel
 ranks share the batch: each rank's sum is divided by the mean number of target tokens a rank, which data-parallel
 averaging turns into the global token mean. The alternative, a mean of the ranks' means, weights tokens of ranks with
-short answers more.
+short answers more. Under a pipeline ``training_step`` gets micro-batches, whose token means the strategy averages by
+``loss_weight``: the same mean again.
 
 The model is built in ``configure_model``, where FSDP2 shards it block by block, from weights that are seeded by name:
 every strategy starts from the same numbers. Evaluation keeps nothing between epochs: the datasets' plans say what is
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from typing_extensions import override
@@ -30,6 +31,7 @@ from lightning_zeroprompt.data.evaluation import EvaluationDataset
 from lightning_zeroprompt.metrics.summary import EvaluationSummary, summarise
 from lightning_zeroprompt.metrics.task_scores import TaskScores
 from lightning_zeroprompt.models.optim import OptimizerSettings, build_optimizer, learning_rate_factor
+from lightning_zeroprompt.models.pipeline_blocks import pipeline_blocks
 from lightning_zeroprompt.models.prompt_transfer import mix_unseen_prompts
 from lightning_zeroprompt.models.scoring import SCORES, score_batch
 from lightning_zeroprompt.models.soft_prompt import SoftPrompt
@@ -127,9 +129,11 @@ class Text2TextModule(pl.LightningModule):
         model: The T5; None until ``configure_model`` has run.
         summaries: Result of the last evaluation, one for each evaluation dataset.
         loaded_steps: Optimizer steps of the checkpoint that the module was loaded from, else 0.
+        evaluate_whole: For pipeline strategies: an evaluation step calls the model in several ways, not once.
     """
 
     model: T5
+    evaluate_whole = True
 
     def __init__(
         self,
@@ -262,13 +266,22 @@ class Text2TextModule(pl.LightningModule):
         )
         return logits
 
+    def configure_pipeline(self) -> tuple[nn.Module, list[nn.Module]]:
+        """What pipeline strategies cut into stages: the T5, and its blocks."""
+        return self.model, pipeline_blocks(self.model)
+
+    def loss_weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Number of target tokens: the weight of a micro-batch's loss in the mean over micro-batches and ranks."""
+        return (batch["labels"] != -100).sum()
+
     @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Token mean over the global batch; see the module's text."""
         loss_sum = token_loss(self(batch), batch["labels"])
-        tokens = (batch["labels"] != -100).sum().to(loss_sum.dtype)
-        mean_tokens = self.trainer.strategy.reduce(tokens, reduce_op="mean")
-        loss = loss_sum / mean_tokens.clamp(min=1)
+        tokens = self.loss_weight(batch).to(loss_sum.dtype)
+        if not getattr(self.trainer.strategy, "weighs_micro_batches", False):
+            tokens = self.trainer.strategy.reduce(tokens, reduce_op="mean")
+        loss = loss_sum / tokens.clamp(min=1)
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 

@@ -168,17 +168,30 @@ class T5(nn.Module):
 
     def encode(self, input_ids: Tensor, input_segments: Tensor | None = None, task_ids: Tensor | None = None) -> Tensor:
         """Return the encoder's output ``[R, Le, d_model]``; arguments as in :meth:`forward`."""
+        x = self.embed_inputs(input_ids, input_segments, task_ids)
+        bias = self.encoder_scores(x, input_segments)
+        for layer in self.encoder:
+            x = layer(x, bias)
+        return self.end_encoder(x)
+
+    def embed_inputs(self, input_ids: Tensor, input_segments: Tensor | None, task_ids: Tensor | None) -> Tensor:
+        """Return what the first encoder layer is given, ``[R, Le, d_model]``; arguments as in :meth:`forward`."""
         if self.soft_prompt is None:
             x = self.shared(input_ids)
         else:
             x = self.soft_prompt(input_ids, self.shared, task_ids, input_segments)
-        x = self._add_positions(x, self.encoder_positions, input_segments)
-        bias = self.encoder_bias(x.shape[1], compute_dtype(self.shared.weight))
-        if input_segments is not None:
-            bias = bias + segment_mask(input_segments, input_segments, bias.dtype)
-        x = self.dropout(x)
-        for layer in self.encoder:
-            x = layer(x, bias)
+        embedded: Tensor = self.dropout(self._add_positions(x, self.encoder_positions, input_segments))
+        return embedded
+
+    def encoder_scores(self, x: Tensor, input_segments: Tensor | None) -> Tensor:
+        """Return the additive scores of all encoder layers, ``[R or 1, heads, Le, Le]``, for ``x`` ``[R, Le, d]``."""
+        bias: Tensor = self.encoder_bias(x.shape[1], compute_dtype(x))
+        if input_segments is None:
+            return bias
+        return bias + segment_mask(input_segments, input_segments, bias.dtype)
+
+    def end_encoder(self, x: Tensor) -> Tensor:
+        """Return the encoder's output for the last encoder layer's, both ``[R, Le, d_model]``."""
         memory: Tensor = self.dropout(self.encoder_norm(x))
         return memory
 
@@ -280,7 +293,7 @@ class T5(nn.Module):
         last = torch.full((batch,), pad_id, dtype=torch.int64, device=memory.device)
         ended = torch.zeros(batch, dtype=torch.bool, device=memory.device)
         for position in range(max_new_tokens):
-            x = self._decoder_embedding(last.unsqueeze(1), None, position)
+            x = self.embed_targets(last.unsqueeze(1), None, position)
             row = bias[:, :, position : position + 1, : position + 1]
             for index, layer in enumerate(layers):
                 x = layer.step(x, row, (cache[index, 0], cache[index, 1]), projected[index], cross_mask, position)
@@ -300,8 +313,23 @@ class T5(nn.Module):
         groups: OptionGroups | None,
     ) -> Tensor:
         """Return the last decoder layer's output ``[R, Ld, d_model]``, before the head's normalisation."""
-        x = self._decoder_embedding(decoder_input_ids, decoder_segments, 0)
-        bias = self.decoder_bias(x.shape[1], compute_dtype(self.shared.weight))
+        x = self.embed_targets(decoder_input_ids, decoder_segments)
+        bias, cross_mask = self.decoder_scores(x, memory_segments, decoder_segments)
+        for layer in self.decoder:
+            x = layer(x, memory, bias, cross_mask, groups)
+        return x
+
+    def decoder_scores(
+        self, x: Tensor, memory_segments: Tensor | None, decoder_segments: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the additive scores of all decoder layers: self-attention's, and those to the encoder's output.
+
+        Args:
+            x: ``[R, Ld, d_model]``.
+            memory_segments: As in :meth:`decode`.
+            decoder_segments: As in :meth:`decode`.
+        """
+        bias: Tensor = self.decoder_bias(x.shape[1], compute_dtype(x))
         cross_mask = None
         if decoder_segments is not None:
             bias = bias + segment_mask(decoder_segments, decoder_segments, bias.dtype)
@@ -309,12 +337,10 @@ class T5(nn.Module):
                 cross_mask = segment_mask(decoder_segments, memory_segments, bias.dtype)
         elif memory_segments is not None:
             cross_mask = _padding_mask(memory_segments, bias.dtype)
-        for layer in self.decoder:
-            x = layer(x, memory, bias, cross_mask, groups)
-        return x
+        return bias, cross_mask
 
-    def _decoder_embedding(self, ids: Tensor, segments: Tensor | None, start: int) -> Tensor:
-        """Embed decoder tokens ``[R, Ld]`` whose first stands at position ``start``."""
+    def embed_targets(self, ids: Tensor, segments: Tensor | None, start: int = 0) -> Tensor:
+        """Embed decoder tokens ``[R, Ld]`` whose first stands at position ``start``: ``[R, Ld, d_model]``."""
         x: Tensor = self.dropout(self._add_positions(self.shared(ids), self.decoder_positions, segments, start))
         return x
 

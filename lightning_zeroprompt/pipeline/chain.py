@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Calls", "Chain", "find_chain"]
+__all__ = ["Calls", "Chain", "StageMemo", "find_chain"]
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(slots=True)
@@ -53,6 +55,25 @@ class Calls:
     kwargs: dict[str, Any] = field(default_factory=dict)
     extra: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     checkpointed: bool = False
+
+
+class StageMemo:
+    """What the blocks of one stage make once for one micro-batch, such as a mask or a bias that all layers add.
+
+    No mapping, which FSDP would copy on its way into a block.
+    """
+
+    __slots__ = ("_made",)
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def once(self, name: str, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` returned when the stage first asked for this name."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: _Made = self._made[name]
+        return made
 
 
 class _Captured(BaseException):
@@ -88,7 +109,8 @@ class Chain:
     Args:
         root: The module whose code is run (a LightningModule).
         blocks: In order. With a ``target``, the output of each is the positional input of the next; a block that
-            declares a keyword ``inputs`` also gets the target's ``(args, kwargs)``.
+            declares a keyword ``inputs`` also gets the target's ``(args, kwargs)``, and one that declares ``memo`` the
+            ``StageMemo`` of its stage and micro-batch.
         target: The module whose call is the whole chain; None where user code calls the blocks itself.
         name: What to call the chain in messages.
 
@@ -103,9 +125,10 @@ class Chain:
         self.checkpoint_blocks = False
         if not self.blocks:
             raise ValueError(f"{name} has no blocks to put on stages")
-        self._takes_inputs = [
-            target is not None and "inputs" in inspect.signature(block.forward).parameters for block in self.blocks
-        ]
+        self._takes_inputs, self._takes_memo = (
+            [target is not None and name in inspect.signature(block.forward).parameters for block in self.blocks]
+            for name in ("inputs", "memo")
+        )
         self._absent: list[nn.Module] = []
         self._place = "the first and the last stage"
         self._before = self._behind = True
@@ -329,6 +352,7 @@ class Chain:
             What block ``last - 1`` returns.
         """
         output: Any = stream
+        memo = StageMemo()
         for index in range(first, last):
             args = output if isinstance(output, tuple) else (output,)
             kwargs: dict[str, Any] = {}
@@ -340,12 +364,17 @@ class Chain:
                     kwargs = dict(calls.kwargs)
                 if self._takes_inputs[index]:
                     kwargs["inputs"] = (calls.args, calls.kwargs)
-            block = self.blocks[index]
             if (self.checkpoint_blocks or calls.checkpointed) and torch.is_grad_enabled():
-                output = checkpoint(block, *args, use_reentrant=False, **kwargs)
+                # A block is run again alone: what another one has made is not made then.
+                output = checkpoint(self._run_block, index, None, *args, use_reentrant=False, **kwargs)
             else:
-                output = block(*args, **kwargs)
+                output = self._run_block(index, memo, *args, **kwargs)
         return output
+
+    def _run_block(self, index: int, memo: StageMemo | None, *args: Any, **kwargs: Any) -> Any:
+        if self._takes_memo[index]:
+            kwargs["memo"] = StageMemo() if memo is None else memo
+        return self.blocks[index](*args, **kwargs)
 
 
 def _places(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:

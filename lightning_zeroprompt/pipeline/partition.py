@@ -4,7 +4,9 @@
 The cost of a block is estimated from its parameters: multiplying with a matrix of n entries takes 2 n FLOP a token in
 the forward pass and twice that in the backward pass, so weights of Linears and convolutions count in full; embeddings
 are looked up and norms and biases applied for next to nothing. What lies outside the blocks (embedding before, norm
-and head behind) is work of the first and of the last stage.
+and head behind) is work of the first and of the last stage. A block whose parameters do not tell (it multiplies with
+another module's matrix, or works on a part of the tokens) says its work itself, as ``pipeline_cost``; then all do, in
+one unit.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-__all__ = ["balanced_cuts", "module_cost"]
+__all__ = ["balanced_cuts", "block_cost", "module_cost"]
 
 
 def module_cost(module: nn.Module) -> float:
@@ -33,6 +35,12 @@ def module_cost(module: nn.Module) -> float:
             # A little for the rest, so that of two cuts with equal products the one with fewer parameters wins.
             cost += parameter.numel() * (1.0 if multiplied else 1e-5)
     return cost
+
+
+def block_cost(block: nn.Module) -> float:
+    """Estimated work of a block: its ``pipeline_cost`` where it has one, else :func:`module_cost`."""
+    own = getattr(block, "pipeline_cost", None)
+    return module_cost(block) if own is None else float(own)
 
 
 def balanced_cuts(

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_zeroprompt.pipeline.chain import Chain
 from lightning_zeroprompt.pipeline.executor import MicroBatch, PipelineExecutor
 from lightning_zeroprompt.pipeline.layout import ProcessGroups
-from lightning_zeroprompt.pipeline.partition import balanced_cuts, module_cost
+from lightning_zeroprompt.pipeline.partition import balanced_cuts, block_cost, module_cost
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
 from lightning_zeroprompt.pipeline.stage import (
     StageModule,
@@ -42,7 +42,7 @@ def cut_chain(chain: Chain, stages: int) -> list[tuple[int, int]]:
     """
     before, behind, _ = chain.outside()
     return balanced_cuts(
-        [module_cost(block) for block in chain.blocks],
+        [block_cost(block) for block in chain.blocks],
         stages,
         before=sum(module_cost(module) for module in before),
         behind=sum(module_cost(module) for module in behind),

@@ -10,6 +10,7 @@ that checkpoints know nothing of stages.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,11 +168,17 @@ def shard_stage(
     settings: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": False}
     if offload is not None:
         settings["offload_policy"] = offload
-    for part in (*module.blocks, module):
+    for part in (*_used_by_several(module.blocks, whole), *module.blocks, module):
         fully_shard(part, ignored_params=whole, **settings)
     module.set_requires_gradient_sync(False)  # type: ignore[operator]
     module.set_reshard_after_backward(False)  # type: ignore[operator]
     module.set_is_last_backward(False)  # type: ignore[operator]
+
+
+def _used_by_several(blocks: Sequence[nn.Module] | nn.ModuleList, whole: set[nn.Parameter]) -> list[nn.Module]:
+    """Modules that several blocks contain, and that so have to be groups of their own."""
+    counts = Counter(part for block in blocks for part in block.modules())
+    return [part for part, count in counts.items() if count > 1 and not set(part.parameters(recurse=False)) <= whole]
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:

@@ -8,6 +8,7 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``StageBase`` is ``PipelineStage`` without its first-step metadata exchange, which runs the user's loss on
   uninitialised tensors (2.13) and allocates one receive buffer a micro-batch for ever (both).
 * ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
+* ``gather_stage`` gathers a stage outside of a schedule, also before its first forward pass.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
 * ``forget_process_groups`` lets a process be a rank of one world after another.
 * ``shard_like`` and ``SafeFileSystemReader`` are for checkpoints: shards without messages, folders without pickles.
@@ -45,6 +46,7 @@ __all__ = [
     "UnshardedGradBuffers",
     "finish_reductions",
     "forget_process_groups",
+    "gather_stage",
     "reduce_gradients",
     "shard_like",
     "to_actions",
@@ -222,6 +224,15 @@ def forget_process_groups() -> None:
         dist.destroy_process_group()
     # Results of operators are remembered with their mesh, and a mesh of a later world equals that of an earlier one.
     clear_sharding_cache()  # type: ignore[no-untyped-call]
+
+
+def gather_stage(root: FSDPModule) -> None:
+    """Gather all weights of a stage and wait for them."""
+    # The stage has to be known as the root before one of its blocks runs by itself.
+    fully_shard.state(root)._lazy_init()  # type: ignore[attr-defined]
+    for part in root.modules():  # type: ignore[attr-defined]
+        if isinstance(part, FSDPModule):
+            part.unshard()
 
 
 class UnshardedGradBuffers:

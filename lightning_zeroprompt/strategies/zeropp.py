@@ -3,7 +3,8 @@
 
 What a user has to know: ``training_step`` is called with *micro-batches*, on the rank of the last stage; code before
 the model's call runs on every rank (and once more there). What it sets on ``self`` lives on last-stage ranks; what it
-logs is logged everywhere (see ``relay``). ``validation_step`` and the others are called with whole batches.
+logs is logged everywhere (see ``relay``). ``validation_step`` and the others are called with whole batches, on the
+pipeline, or with ``evaluation="whole"`` on every rank with the whole model (see ``whole``).
 
 How it meets Lightning's loop, which calls ``training_step``, then ``optimizer.zero_grad``, then ``backward``: the
 schedule runs in ``training_step``, gradients and all, because the loss has to be known when it returns. They are put
@@ -44,6 +45,7 @@ from lightning_zeroprompt.strategies.checkpoint.trainer import load_checkpoint, 
 from lightning_zeroprompt.strategies.optimizers import OwnedOptimizers
 from lightning_zeroprompt.strategies.steps import PipelineSteps
 from lightning_zeroprompt.strategies.support import fsdp_precision, hydra_config
+from lightning_zeroprompt.strategies.whole import WholeEvaluation, WholeModel
 
 __all__ = ["ZeroPPStrategy"]
 
@@ -67,6 +69,10 @@ class ZeroPPStrategy(ModelParallelStrategy):
         resident: K, stages of a rank whose weights are gathered at once; ``"auto"`` is 2 (or V, if less), or all where
             nothing is sharded.
         activation_checkpointing: Run each block under ``torch.utils.checkpoint``.
+        evaluation: ``"pipeline"`` runs ``validation_step``, ``test_step`` and ``predict_step`` on the pipeline, which
+            takes one call of the model in each; ``"whole"`` gathers the weights to every rank while they run, for steps
+            that call it in any way; ``"auto"`` does the latter where the module has ``evaluate_whole = True``. Ranks
+            that evaluate whole models can share batches: data modules ask for ``evaluation_sampler_kwargs``.
         cpu_offload: Keep shards, gradients and optimizer state in the host's memory.
         save_distributed_checkpoint: A folder with a file a rank, or one file.
         process_group_backend: As in ``ModelParallelStrategy``.
@@ -79,7 +85,12 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
         Trainer(strategy="zeropp", devices=8)
         Trainer(strategy=ZeroPPStrategy(pipeline_parallel_size=4, data_parallel_size=2, num_microbatches=16), devices=8)
+
+    Attributes:
+        weighs_micro_batches: For modules that average over ranks themselves elsewhere: here ``loss_weight`` does it.
     """
+
+    weighs_micro_batches = True
 
     def __init__(
         self,
@@ -94,6 +105,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
         cap: int | None = None,
         resident: Size = "auto",
         activation_checkpointing: bool = False,
+        evaluation: Literal["auto", "pipeline", "whole"] = "auto",
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
@@ -119,6 +131,8 @@ class ZeroPPStrategy(ModelParallelStrategy):
                 raise ValueError(f"{name}={value!r}: give a whole number of at least 1, or 'auto'")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is unknown; there are {', '.join(SCHEDULES)}")
+        if evaluation not in ("auto", "pipeline", "whole"):
+            raise ValueError(f"evaluation={evaluation!r}: use 'pipeline', 'whole' or 'auto'")
         if isinstance(num_microbatches, int) and isinstance(unit, int) and unit > num_microbatches:
             raise ValueError(f"unit={unit} with num_microbatches={num_microbatches}: a unit has at most all of them")
         self._pipeline_parallel_size, self._data_size = pipeline_parallel_size, data_parallel_size
@@ -126,6 +140,8 @@ class ZeroPPStrategy(ModelParallelStrategy):
         self._stages_per_rank, self._num_microbatches, self._unit = stages_per_rank, num_microbatches, unit
         self._schedule_name, self._vshape, self._cap, self._resident = schedule, vshape, cap, resident
         self._activation_checkpointing, self._cpu_offload = activation_checkpointing, cpu_offload
+        self._evaluation = evaluation
+        self._whole: WholeModel | None = None
         self._groups: ProcessGroups | None = None
         self._pipeline: Pipeline | None = None
         self._runner: PipelineSteps | None = None
@@ -162,6 +178,11 @@ class ZeroPPStrategy(ModelParallelStrategy):
         self._seed = seed[0]
 
     @property
+    def data_parallel_size(self) -> int:
+        """D, into which the rows of a batch are divided."""
+        return self._data_size
+
+    @property
     def groups(self) -> ProcessGroups:
         """The ranks."""
         if self._groups is None:
@@ -191,18 +212,41 @@ class ZeroPPStrategy(ModelParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch; all ranks of a pipeline get the first one's, whatever their own loaders drew."""
         batch = super().batch_to_device(batch, device, dataloader_idx)
-        return broadcast_batch(batch, self.groups) if self.groups.layout.pipeline > 1 else batch
+        if self.groups.layout.pipeline == 1 or self._is_whole:
+            return batch
+        return broadcast_batch(batch, self.groups)
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.groups.layout.data, "rank": self.groups.data_rank}
 
+    @property
+    def evaluation_sampler_kwargs(self) -> dict[str, Any]:
+        """As ``distributed_sampler_kwargs``, for evaluation: where models are whole, every rank has its own batches."""
+        if self._evaluates_whole:
+            return {"num_replicas": self.world_size, "rank": self.global_rank}
+        return self.distributed_sampler_kwargs
+
+    @property
+    def _evaluates_whole(self) -> bool:
+        if self._evaluation == "auto":
+            return bool(getattr(self._module, "evaluate_whole", False))
+        return self._evaluation == "whole"
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether an evaluation of whole models runs now."""
+        return self._whole is not None and self._whole.gathered
+
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Over the data-parallel ranks where no group is given: the ranks of a pipeline hold equal values."""
+        """Over the data-parallel ranks where no group is given: the ranks of a pipeline hold equal values.
+
+        Not so while an evaluation of whole models runs: then over all ranks.
+        """
         self._refuse_in_user_code("reduce")
-        if group is None:
+        if group is None and not self._is_whole:
             if self.groups.layout.data == 1:
                 return tensor
             group = self.groups.data
@@ -210,9 +254,9 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Over the data-parallel ranks where no group is given."""
+        """Over the ranks of ``reduce``."""
         self._refuse_in_user_code("all_gather")
-        if group is None:
+        if group is None and not self._is_whole:
             if self.groups.layout.data == 1:
                 return tensor
             group = self.groups.data
@@ -253,10 +297,19 @@ class ZeroPPStrategy(ModelParallelStrategy):
         if self._pipeline is None or self._pipeline.chain.root is not module:
             self._cut(module)
             self._runner = PipelineSteps(module, self.pipeline, self.precision_plugin, self._seed)
+        if self._evaluates_whole:
+            self._evaluate_whole(trainer)
         self.pipeline.prepare()
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def _evaluate_whole(self, trainer: pl.Trainer) -> None:
+        before: list[Any] = [callback for callback in trainer.callbacks if isinstance(callback, WholeEvaluation)]  # type: ignore[attr-defined]
+        for callback in before:
+            trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
+        self._whole = WholeModel(self.pipeline)
+        trainer.callbacks.insert(0, WholeEvaluation(self._whole))  # type: ignore[attr-defined]
 
     def _cut(self, module: pl.LightningModule) -> None:
         if isinstance(module, torch._dynamo.OptimizedModule):
@@ -375,6 +428,8 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._whole is not None:
+            self._whole.release()
         if self._pipeline is not None:
             self._pipeline.restore()
         super().teardown()
@@ -460,14 +515,20 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_whole:
+            return super().validation_step(*args, **kwargs)
         return self._steps.evaluate(self._module.validation_step, args, kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_whole:
+            return super().test_step(*args, **kwargs)
         return self._steps.evaluate(self._module.test_step, args, kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_whole:
+            return super().predict_step(*args, **kwargs)
         return self._steps.evaluate(self._module.predict_step, args, kwargs, log=False)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -480,6 +541,9 @@ class ZeroPPStrategy(ModelParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's part under the names of the whole model; other ranks' parameters are on the meta device."""
+        if self._whole is not None:
+            # A callback that saves at the end of an evaluation's epoch; there are no steps behind it.
+            self._whole.release()
         return self._module.state_dict()
 
     @override
