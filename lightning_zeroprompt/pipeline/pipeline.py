@@ -8,6 +8,7 @@ here knows of Lightning; the benchmarks run it bare.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from lightning_zeroprompt.pipeline.stage import (
     shard_stage,
     to_device,
 )
+from lightning_zeroprompt.pipeline.timeline import Cause
 from lightning_zeroprompt.pipeline.weight_grad import defer_linears, restore_linears
 
 __all__ = ["Pipeline", "cut_chain"]
@@ -156,8 +158,14 @@ class Pipeline:
         held = {parameter: parameter.grad for parameter in self.copies.values()}
         for parameter in held:
             parameter.grad = None
+        recorder = self.executor.recorder
+        if recorder is not None:
+            recorder.start()
         self.executor.train_step(schedule, micro_batches, loss)
-        self._sum_copies()
+        with nullcontext() if recorder is None or not self.copies else recorder.waiting(Cause.REDUCE):
+            self._sum_copies()
+        if recorder is not None:
+            recorder.stop()
         for parameter, grad in held.items():
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
