@@ -51,6 +51,14 @@ def cut_chain(chain: Chain, stages: int) -> list[tuple[int, int]]:
     )
 
 
+def _stage_costs(chain: Chain, cuts: Sequence[tuple[int, int]]) -> list[float]:
+    before, behind, _ = chain.outside()
+    costs = [sum(module_cost(block) for block in chain.blocks[first:end]) for first, end in cuts]
+    costs[0] += sum(module_cost(module) for module in before)
+    costs[-1] += sum(module_cost(module) for module in behind)
+    return costs
+
+
 class Pipeline:
     """This rank's part of a model.
 
@@ -67,6 +75,7 @@ class Pipeline:
         executor: Runs the stages.
         copies: Those of this rank's parameters that other ranks hold too, by name.
         owned: Names of the parameters that this rank holds, as in the whole model.
+        stage_costs: Estimated work of each stage (see ``partition``), in the same unit for all.
     """
 
     def __init__(
@@ -82,6 +91,7 @@ class Pipeline:
     ) -> None:
         self.chain, self.placement, self.cuts, self.groups, self.device = chain, placement, list(cuts), groups, device
         rank = groups.pipeline_rank
+        self.stage_costs = _stage_costs(chain, cuts)
         self._ownership = assign_parameters(chain, cuts)
         self._owners = {name: self._ownership.ranks(name, placement) for name in self._ownership.stages}
         self.owned = frozenset(name for name, ranks in self._owners.items() if rank in ranks)
@@ -139,6 +149,27 @@ class Pipeline:
     def last_rank(self) -> int:
         """Global rank of the last stage of this rank's pipeline."""
         return self.groups.layout.global_rank(self.placement.rank_of(self.placement.stages - 1), self.groups.data_rank)
+
+    def state_bytes(self, rank: int) -> tuple[int, int]:
+        """Bytes of the parameters that one rank of a pipeline position holds, and of their gradients.
+
+        Args:
+            rank: Position in the pipeline.
+        """
+        shards = self.groups.layout.data // self.groups.layout.replicas if self.sharded else 1
+        parameters = gradients = 0
+        for name, parameter in self.chain.root.named_parameters():
+            if rank in self._owners[name]:
+                whole = self._ownership.is_whole(name, self.placement)
+                size = parameter.numel() * parameter.element_size() // (1 if whole else shards)
+                parameters += size
+                gradients += size * parameter.requires_grad
+        return parameters, gradients
+
+    def stage_bytes(self, stage: int) -> int:
+        """Bytes of a stage's parameters, gathered, in the type they are kept in."""
+        named = self.chain.root.named_parameters()
+        return sum(p.numel() * p.element_size() for name, p in named if stage in self._ownership.stages[name])
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters under the names of the whole model."""

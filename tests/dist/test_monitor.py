@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -79,7 +80,12 @@ def fit(folder, settings, strategy, steps=6):
     module = Module()
     trainer.fit(module, DataLoader(TensorDataset(words, words), per_rank))
     if isinstance(strategy, dict):
-        assert trainer.strategy.pipeline.executor.recorder is None
+        pipeline = trainer.strategy.pipeline
+        assert pipeline.executor.recorder is None
+        held = [p.to_local() if isinstance(p, DTensor) else p for p in pipeline.parameters().values()]
+        # What is announced, up to uneven shards.
+        here = sum(part.numel() * part.element_size() for part in held)
+        assert pipeline.state_bytes(pipeline.groups.pipeline_rank)[0] == pytest.approx(here, rel=0.1)
     weight = module.blocks[0].up.weight
     return log.found, monitor.recorded, None if weight.is_meta else weight.detach()
 

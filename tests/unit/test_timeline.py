@@ -89,7 +89,7 @@ def test_text():
 
 
 def test_a_task_without_room_is_its_letter():
-    assert timeline_text(small(), width=28).splitlines()[1] == "0 |F---F---<<<<B---B---W-W-|"
+    assert timeline_text(small(), width=16).splitlines()[1] == "0 |F-F-<<B-B-WW|"
 
 
 def test_a_line_is_as_wide_as_asked_whatever_the_times():
