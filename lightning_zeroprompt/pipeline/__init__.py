@@ -4,5 +4,20 @@
 from lightning_zeroprompt.pipeline.catalogue import SCHEDULES, build_schedule
 from lightning_zeroprompt.pipeline.lowering import add_transfers
 from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule, Task, parse_tasks
+from lightning_zeroprompt.pipeline.timeline import Cause, Lane, TaskSpan, Timeline, WaitSpan
 
-__all__ = ["SCHEDULES", "Kind", "Placement", "Schedule", "Task", "add_transfers", "build_schedule", "parse_tasks"]
+__all__ = [
+    "SCHEDULES",
+    "Cause",
+    "Kind",
+    "Lane",
+    "Placement",
+    "Schedule",
+    "Task",
+    "TaskSpan",
+    "Timeline",
+    "WaitSpan",
+    "add_transfers",
+    "build_schedule",
+    "parse_tasks",
+]

@@ -27,8 +27,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_zeroprompt.pipeline.chain import Calls
 from lightning_zeroprompt.pipeline.lowering import add_transfers
+from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule, Task
 from lightning_zeroprompt.pipeline.stage import StageModule
+from lightning_zeroprompt.pipeline.timeline import Cause
 from lightning_zeroprompt.pipeline.torch_compat import (
     RuntimeBase,
     StageBase,
@@ -104,6 +106,8 @@ class _Stage(StageBase):
     def forward_maybe_with_nosync(self, *stream: Any, micro_batch: int) -> Any:
         executor = self._executor
         given = executor.micro_batch(micro_batch)
+        if executor.recorder is not None:
+            executor.recorder.begin(Task(Kind.FORWARD, self.stage_index, micro_batch))
 
         def calls() -> Calls:
             found = executor.calls(micro_batch)
@@ -155,9 +159,14 @@ class _Stage(StageBase):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         self._outputs.pop(bwd_chunk_id, None)
+        recorder = self._executor.recorder
+        if recorder is not None:
+            recorder.begin(Task(Kind.BACKWARD, self.stage_index, bwd_chunk_id))
         # A checkpointed block runs its forward pass here, and has to find what it found then.
         with self.store.record():
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if recorder is not None:
+            recorder.end()
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Tensor | None, ...]:
         self._wait(Kind.RECV_B, bwd_chunk_id)
@@ -199,12 +208,14 @@ class _Stage(StageBase):
 
     def reduce(self) -> None:
         if self._sharded:
-            reduce_gradients(self.submod)  # type: ignore[arg-type]
+            with self._waiting(Cause.REDUCE):
+                reduce_gradients(self.submod)  # type: ignore[arg-type]
 
     def finish(self) -> None:
         """Wait, on the current stream, for what this step's stage has under way."""
         if self._sharded and self.has_backward:
-            finish_reductions(self.submod)  # type: ignore[arg-type]
+            with self._waiting(Cause.REDUCE):
+                finish_reductions(self.submod)  # type: ignore[arg-type]
         while self._sent:
             self._drop_sent(self._sent.popleft())
 
@@ -224,9 +235,16 @@ class _Stage(StageBase):
         while self._sent and all(work.is_completed() for work in self._sent[0][0]):
             self._drop_sent(self._sent.popleft())
 
+    def _waiting(self, cause: Cause) -> AbstractContextManager[None]:
+        recorder = self._executor.recorder
+        return nullcontext() if recorder is None else recorder.waiting(cause)
+
     def _wait(self, kind: Kind, micro_batch: int) -> None:
-        for work in self._works.pop((kind, micro_batch), ()):
-            work.wait()
+        works = self._works.pop((kind, micro_batch), ())
+        if works:
+            with self._waiting(Cause.RECEIVE):
+                for work in works:
+                    work.wait()
 
     @staticmethod
     def _drop_sent(entry: tuple[list[dist.Work], list[Tensor]]) -> None:
@@ -252,6 +270,9 @@ class PipelineExecutor:
         placement: Stages to ranks.
         group: The ranks of the pipeline, in order.
         device: Where stages run.
+
+    Attributes:
+        recorder: Told of tasks and waits while it is set.
     """
 
     def __init__(
@@ -263,6 +284,7 @@ class PipelineExecutor:
     ) -> None:
         self.group, self.device = group, device
         self.placement = placement
+        self.recorder: StepRecorder | None = None
         self._stages = {index: _Stage(self, module, placement.stages) for index, module in sorted(modules.items())}
         self._runtimes: dict[tuple[int, bool], tuple[Schedule, RuntimeBase]] = {}
         self._metas: dict[tuple[int, Hashable, bool], list[_Meta]] = {}
@@ -319,7 +341,7 @@ class PipelineExecutor:
         self._micro_batches, self._training = micro_batches, train
         self._calls.clear()
         try:
-            ends = self._runtimes[key][1].run(end)
+            ends = self._runtimes[key][1].run(end, self.recorder)
             for stage in self._stages.values():
                 stage.finish()
         finally:

@@ -8,6 +8,7 @@ here knows of Lightning; the benchmarks run it bare.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from lightning_zeroprompt.pipeline.stage import (
     shard_stage,
     to_device,
 )
+from lightning_zeroprompt.pipeline.timeline import Cause
 from lightning_zeroprompt.pipeline.weight_grad import defer_linears, restore_linears
 
 __all__ = ["Pipeline", "cut_chain"]
@@ -49,6 +51,14 @@ def cut_chain(chain: Chain, stages: int) -> list[tuple[int, int]]:
     )
 
 
+def _stage_costs(chain: Chain, cuts: Sequence[tuple[int, int]]) -> list[float]:
+    before, behind, _ = chain.outside()
+    costs = [sum(module_cost(block) for block in chain.blocks[first:end]) for first, end in cuts]
+    costs[0] += sum(module_cost(module) for module in before)
+    costs[-1] += sum(module_cost(module) for module in behind)
+    return costs
+
+
 class Pipeline:
     """This rank's part of a model.
 
@@ -65,6 +75,7 @@ class Pipeline:
         executor: Runs the stages.
         copies: Those of this rank's parameters that other ranks hold too, by name.
         owned: Names of the parameters that this rank holds, as in the whole model.
+        stage_costs: Estimated work of each stage (see ``partition``), in the same unit for all.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class Pipeline:
     ) -> None:
         self.chain, self.placement, self.cuts, self.groups, self.device = chain, placement, list(cuts), groups, device
         rank = groups.pipeline_rank
+        self.stage_costs = _stage_costs(chain, cuts)
         self._ownership = assign_parameters(chain, cuts)
         self._owners = {name: self._ownership.ranks(name, placement) for name in self._ownership.stages}
         self.owned = frozenset(name for name, ranks in self._owners.items() if rank in ranks)
@@ -150,6 +162,27 @@ class Pipeline:
         """Global rank of the last stage of this rank's pipeline."""
         return self.groups.layout.global_rank(self.placement.rank_of(self.placement.stages - 1), self.groups.data_rank)
 
+    def state_bytes(self, rank: int) -> tuple[int, int]:
+        """Bytes of the parameters that one rank of a pipeline position holds, and of their gradients.
+
+        Args:
+            rank: Position in the pipeline.
+        """
+        shards = self.groups.layout.data // self.groups.layout.replicas if self.sharded else 1
+        parameters = gradients = 0
+        for name, parameter in self.chain.root.named_parameters():
+            if rank in self._owners[name]:
+                whole = self._ownership.is_whole(name, self.placement)
+                size = parameter.numel() * parameter.element_size() // (1 if whole else shards)
+                parameters += size
+                gradients += size * parameter.requires_grad
+        return parameters, gradients
+
+    def stage_bytes(self, stage: int) -> int:
+        """Bytes of a stage's parameters, gathered, in the type they are kept in."""
+        named = self.chain.root.named_parameters()
+        return sum(p.numel() * p.element_size() for name, p in named if stage in self._ownership.stages[name])
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters under the names of the whole model."""
         return {name: p for name, p in self.chain.root.named_parameters() if name in self.owned}
@@ -168,8 +201,14 @@ class Pipeline:
         held = {parameter: parameter.grad for parameter in self.copies.values()}
         for parameter in held:
             parameter.grad = None
+        recorder = self.executor.recorder
+        if recorder is not None:
+            recorder.start()
         self.executor.train_step(schedule, micro_batches, loss)
-        self._sum_copies()
+        with nullcontext() if recorder is None or not self.copies else recorder.waiting(Cause.REDUCE):
+            self._sum_copies()
+        if recorder is not None:
+            recorder.stop()
         for parameter, grad in held.items():
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)

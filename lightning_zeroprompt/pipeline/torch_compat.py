@@ -36,7 +36,9 @@ from torch.distributed.pipelining.schedules import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_sharding_cache
 
+from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.schedule import Kind, Task
+from lightning_zeroprompt.pipeline.timeline import Cause
 from lightning_zeroprompt.pipeline.weight_grad import GradBuffer
 
 __all__ = [
@@ -90,18 +92,20 @@ class RuntimeBase(_PipelineScheduleRuntime):
         self._by_index = {stage.stage_index: stage for stage in stages}
         self._ends: dict[int, Any] = {}
         self._end_call: Callable[[Any, int], Any] | None = None
+        self._recorder: StepRecorder | None = None
 
-    def run(self, end: Callable[[Any, int], Any]) -> dict[int, Any]:
+    def run(self, end: Callable[[Any, int], Any], recorder: StepRecorder | None = None) -> dict[int, Any]:
         """Run the list.
 
         Args:
             end: ``end(output, micro_batch)``, called behind each forward of the last stage while its weights are there;
                 in training it returns the scalar to go backward from.
+            recorder: Told of tasks and waits.
 
         Returns:
             Without training, what ``end`` returned for each micro-batch; in training nothing.
         """
-        count, self._end_call = self._n_microbatches, end
+        count, self._end_call, self._recorder = self._n_microbatches, end, recorder
         for stage in self._by_index.values():
             stage.has_backward = self._has_backward
             stage.chunks = count
@@ -114,13 +118,20 @@ class RuntimeBase(_PipelineScheduleRuntime):
             for stage in self._by_index.values():
                 stage.clear_runtime_states()
             self._ends = {}
-            self._end_call = None
+            self._end_call = self._recorder = None
         return ends
 
     def _end(self, output: Any, micro_batch: int) -> Any:
         if self._end_call is None:
             raise RuntimeError("a schedule is run without run()")
         return self._end_call(output, micro_batch)
+
+    def _assert_unsharded(self, stage: Any) -> None:
+        if self._recorder is None or not self.unshard_ops.get(stage.stage_index):
+            super()._assert_unsharded(stage)
+            return
+        with self._recorder.waiting(Cause.GATHER):
+            super()._assert_unsharded(stage)
 
     def _initialize_stages(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: shapes are agreed on message by message."""
@@ -130,6 +141,9 @@ class RuntimeBase(_PipelineScheduleRuntime):
     ) -> None:
         if stage.is_last:
             self._ends[mb_index] = self._end(output, mb_index)
+        # Torch calls this behind each forward pass, whatever its stage.
+        if self._recorder is not None:
+            self._recorder.end()
 
     def _maybe_get_loss(self, stage: Any, mb_index: int) -> Tensor | None:
         # Torch keeps every micro-batch's loss, and with it a graph, to the end of the step.
@@ -140,7 +154,12 @@ class RuntimeBase(_PipelineScheduleRuntime):
 
     def _run_weight(self, action: _Action, ctx: Any) -> None:
         # Without torch's check that the stage is gathered: a deferred gradient needs no weights.
-        self._by_index[action.stage_index].backward_weight_one_chunk(action.microbatch_index or 0)
+        micro_batch = action.microbatch_index or 0
+        if self._recorder is not None:
+            self._recorder.begin(Task(Kind.WEIGHT, action.stage_index, micro_batch))
+        self._by_index[action.stage_index].backward_weight_one_chunk(micro_batch)
+        if self._recorder is not None:
+            self._recorder.end()
 
     def _run_reduce(self, action: _Action, ctx: Any) -> None:
         self._by_index[action.stage_index].reduce()

@@ -39,6 +39,7 @@ from lightning_zeroprompt.pipeline.chain import find_chain
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
+from lightning_zeroprompt.strategies.announce import describe_cut, describe_schedule
 from lightning_zeroprompt.strategies.broadcast import broadcast_batch
 from lightning_zeroprompt.strategies.checkpoint.optimizer import load_named_state, named_state, numbers_to_names
 from lightning_zeroprompt.strategies.checkpoint.trainer import load_checkpoint, load_module_state, save_checkpoint
@@ -343,7 +344,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
             cpu_offload=self._cpu_offload,
         )
         object.__setattr__(module, "_zeropp_pipeline", self._pipeline)
-        self._announce()
+        _say(describe_cut(self._pipeline))
 
     def _adopt(self, pipeline: Pipeline) -> None:
         """Take over a model that another Trainer of this process has cut."""
@@ -382,20 +383,6 @@ class ZeroPPStrategy(ModelParallelStrategy):
                     + ". All ranks have to run the same code with the same settings; in a sweep, start every job's "
                     "ranks from one resolved configuration"
                 )
-
-    def _announce(self) -> None:
-        pipeline, layout = self.pipeline, self.groups.layout
-        total = sum(p.numel() for p in pipeline.chain.root.parameters())
-        blocks = ", ".join(f"{first}-{end - 1}" if end - first > 1 else f"{first}" for first, end in pipeline.cuts)
-        rank_zero_info(
-            f"zeropp: {layout.pipeline} pipeline ranks x {layout.data} data-parallel ranks"
-            + (f" ({layout.replicas} replicas)" if layout.replicas > 1 else "")
-            + f", {pipeline.placement.stages_per_rank} stages a rank"
-            f" ({'V-shaped' if pipeline.placement.vshape else 'looped'}), schedule {self._schedule_name}\n"
-            f"zeropp: {len(pipeline.chain)} blocks of {pipeline.chain.name}, {total:,} parameters, by stage: {blocks}\n"
-            f"zeropp: weights {'sharded' if pipeline.sharded else 'whole on their stage'}, "
-            f"{len(pipeline.copies)} parameters of rank 0 held by several ranks"
-        )
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -491,15 +478,8 @@ class ZeroPPStrategy(ModelParallelStrategy):
         count = self._count_micro_batches(rows)
         if count not in self._schedules:
             self._schedules[count] = self._build_schedule(self.pipeline.placement, count)
-            self._say_schedule(count, rows)
+            _say(describe_schedule(self._schedules[count], rows, self.pipeline, offloaded=self._cpu_offload))
         return self._schedules[count]
-
-    def _say_schedule(self, count: int, rows: int) -> None:
-        schedule = self._schedules[count]
-        rank_zero_info(
-            f"zeropp: {rows} rows in {count} micro-batches, units of {schedule.unit}, {schedule.resident} of "
-            f"{schedule.placement.stages_per_rank} stages gathered at once"
-        )
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -592,3 +572,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
         """Register ``"zeropp"``."""
         if "zeropp" not in strategy_registry:
             strategy_registry.register("zeropp", cls, description="Pipeline parallelism (ZeroPP) with FSDP2")
+
+
+def _say(lines: list[str]) -> None:
+    rank_zero_info("\n".join(f"zeropp: {line}" for line in lines))
