@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_zeroprompt.pipeline.chain import Calls
-from lightning_zeroprompt.pipeline.lowering import add_transfers
+from lightning_zeroprompt.pipeline.lowering import add_collectives, add_transfers
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule, Task
 from lightning_zeroprompt.pipeline.stage import StageModule
@@ -393,14 +393,14 @@ class PipelineExecutor:
 
 
 def forward_schedule(placement: Placement, micro_batches: int) -> Schedule:
-    """Forward passes alone, micro-batch by micro-batch, with every stage gathered once."""
+    """Forward passes alone, micro-batch by micro-batch; at most two of a rank's stages are gathered at once."""
+    resident = min(2, placement.stages_per_rank)
     lists = []
     for rank in range(placement.ranks):
         stages = placement.stages_of(rank)
         forwards = [Task(Kind.FORWARD, s, m) for m in range(micro_batches) for s in stages]
-        gathers = [Task(Kind.GATHER, s) for s in stages]
-        lists.append((*gathers, *forwards, *(Task(Kind.RELEASE, s) for s in stages)))
-    return Schedule("forward", placement, micro_batches, micro_batches, placement.stages_per_rank, tuple(lists))
+        lists.append(tuple(add_collectives(forwards, micro_batches, resident, prefetch=resident > 1)))
+    return Schedule("forward", placement, micro_batches, micro_batches, resident, tuple(lists))
 
 
 def _encode(metas: Sequence[_Meta]) -> list[int]:

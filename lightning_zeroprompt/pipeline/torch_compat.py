@@ -235,6 +235,8 @@ def finish_reductions(root: FSDPModule) -> None:
     """Make the current stream wait for a stage's reductions, at the end of a step."""
     root.set_is_last_backward(True)
     fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+    # Autograd calls it too, behind every backward pass of a micro-batch, which must not wait for reductions.
+    root.set_is_last_backward(False)
 
 
 def forget_process_groups() -> None:
