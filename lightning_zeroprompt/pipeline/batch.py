@@ -7,14 +7,15 @@ batch dimension; everything else (numbers, strings, tensors without dimensions) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["batch_rows", "choose_micro_batches", "signature", "split_batch", "split_sizes"]
+__all__ = ["batch_rows", "choose_micro_batches", "map_leaves", "signature", "split_batch", "split_sizes"]
 
 
 def _children(part: Any) -> Iterator[tuple[str, Any]]:
@@ -100,17 +101,47 @@ def split_batch(batch: Any, sizes: Sequence[int]) -> list[Any]:
     children = [split_batch(value, sizes) for _, value in _children(batch)]
     if not children:
         return [batch] * len(sizes)
-    parts = [[child[index] for child in children] for index in range(len(sizes))]
+    return [_rebuild(batch, [child[index] for child in children]) for index in range(len(sizes))]
+
+
+def map_leaves(part: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Change what is nested in a batch.
+
+    Args:
+        part: See the module's text.
+        kind: What to change.
+        change: Called with each in turn.
+
+    Returns:
+        The same nesting; the rest is what it was.
+
+    >>> map_leaves({"x": [1, 2.0]}, int, str)
+    {'x': ['1', 2.0]}
+    """
+    if isinstance(part, kind):
+        return change(part)
+    children = [map_leaves(value, kind, change) for _, value in _children(part)]
+    return _rebuild(part, children) if children else part
+
+
+def _rebuild(batch: Any, children: list[Any]) -> Any:
+    """A batch like another, holding other things."""
+    if isinstance(batch, MutableMapping):
+        # A copy, because subclasses keep more than their items: a factory, encodings.
+        made = copy.copy(batch)
+        made.update(zip(batch, children, strict=True))
+        return made
     if isinstance(batch, Mapping):
-        # A subclass such as transformers' BatchEncoding is built from a plain dict, as dict itself is.
-        made = [dict(zip(batch, part, strict=True)) for part in parts]
-        return made if type(batch) is dict else [type(batch)(part) for part in made]  # type: ignore[call-arg]
+        return type(batch)(dict(zip(batch, children, strict=True)))  # type: ignore[call-arg]
     if isinstance(batch, tuple):
-        return [type(batch)(*part) if hasattr(batch, "_fields") else type(batch)(part) for part in parts]
+        return type(batch)(*children) if hasattr(batch, "_fields") else type(batch)(children)
     if isinstance(batch, list):
-        return parts
-    names = [field.name for field in fields(batch)]
-    return [replace(batch, **dict(zip(names, part, strict=True))) for part in parts]
+        return children
+    made = copy.copy(batch)
+    for field, child in zip(fields(batch), children, strict=True):
+        # Frozen dataclasses too, and fields that are no arguments.
+        object.__setattr__(made, field.name, child)
+    return made
 
 
 def signature(batch: Any) -> tuple[tuple[str, tuple[int, ...], str], ...]:

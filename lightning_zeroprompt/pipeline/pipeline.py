@@ -232,16 +232,17 @@ class Pipeline:
             for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
 
-    def grad_norm(self, parameters: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-        """The norm of the whole model's gradients, copies counted once.
+    def grad_norm(self, parameters: Sequence[Tensor] | None = None, norm_type: float = 2.0) -> Tensor:
+        """The norm of the whole model's gradients, copies counted once; all ranks call this together.
 
         Args:
-            parameters: This rank's, such as those of the optimizer.
+            parameters: This rank's, such as those of the optimizer; None is all of them.
             norm_type: As in ``torch.nn.utils.clip_grad_norm_``.
 
         Returns:
             A scalar, equal on all ranks.
         """
+        parameters = list(self.parameters().values()) if parameters is None else parameters
         elsewhere = {p for name, p in self.copies.items() if self._owners[name][0] != self.groups.pipeline_rank}
         grads = [p.grad for p in parameters if p.grad is not None and p not in elsewhere]
         norms = [
@@ -260,6 +261,51 @@ class Pipeline:
         dist.all_reduce(total, group=self.groups.pipeline)
         return total ** (1.0 / norm_type)
 
+    def grad_norms(self, norm_type: float = 2.0) -> dict[str, Tensor]:
+        """The norm of each parameter's gradient, for the whole model; all ranks of the pipeline call this together.
+
+        Args:
+            norm_type: p, or infinity.
+
+        Returns:
+            A scalar for each parameter that has a gradient, by name, equal on all ranks of the pipeline.
+        """
+        largest = norm_type == float("inf")
+        names = list(self._owners)
+        held = {
+            name: parameter.grad
+            for name, parameter in self.parameters().items()
+            if parameter.grad is not None and self._owners[name][0] == self.groups.pipeline_rank
+        }
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in held.values()]
+        dtype = torch.float64 if any(part.dtype == torch.float64 for part in local) else torch.float32
+        found = [torch.linalg.vector_norm(part, norm_type).to(self.device, dtype) for part in local]
+        powers = torch.stack(found) if found else torch.zeros(0, dtype=dtype, device=self.device)
+        powers = powers if largest else powers**norm_type
+        sharded = [index for index, grad in enumerate(held.values()) if isinstance(grad, DTensor)]
+        if sharded:
+            mesh = self.groups.data_mesh
+            shards = powers[sharded]
+            dist.all_reduce(
+                shards,
+                op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM,
+                group=mesh.get_group(mesh.ndim - 1),
+            )
+            powers[sharded] = shards
+        # One rank speaks for each parameter.
+        table = torch.zeros(2, len(names), dtype=torch.float64, device=self.device)
+        positions = [names.index(name) for name in held]
+        table[0, positions] = powers.double()
+        table[1, positions] = 1.0
+        dist.all_reduce(table, group=self.groups.pipeline)
+        norms = table[0] if largest else table[0] ** (1.0 / norm_type)
+        return {name: norms[index].to(dtype) for index, name in enumerate(names) if table[1, index] > 0}
+
+    def clip_grad_value(self, parameters: Sequence[Tensor], limit: float) -> None:
+        """Clamp this rank's gradients to plus and minus a limit."""
+        for part in _alike(parameters):
+            torch.nn.utils.clip_grad_value_(part, limit)
+
     def clip_grad_norm(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor:
         """Scale this rank's gradients so that the norm of the whole model's is at most ``max_norm``.
 
@@ -267,8 +313,7 @@ class Pipeline:
             The norm before.
         """
         norm = self.grad_norm(parameters)
-        for sharded in (True, False):
-            part = [p for p in parameters if p.grad is not None and isinstance(p.grad, DTensor) is sharded]
+        for part in _alike(parameters):
             torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm)
         return norm
 
@@ -281,3 +326,13 @@ class Pipeline:
         """Give Linears their class back; the model stays cut."""
         for module in self.stages.values():
             restore_linears(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """None: process groups cannot be copied, and a copy of the model is no part of this pipeline."""
+
+
+def _alike(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Parameters with gradients, sharded ones apart: kernels over many tensors take the one or the other."""
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    parts = [[parameter for parameter in held if isinstance(parameter.grad, DTensor) is kind] for kind in (True, False)]
+    return [part for part in parts if part]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One batch for all ranks of a pipeline.
+"""Values that one rank of a pipeline has and all need: batches, and what steps return.
 
 The first stage reads inputs, the last one labels. Their data loaders are different processes: another seed, a random
 augmentation in a worker, a callback that draws a number on rank 0, and inputs no longer belong to labels, without any
@@ -14,44 +14,51 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_zeroprompt.pipeline.batch import map_leaves
 from lightning_zeroprompt.pipeline.layout import ProcessGroups
 
-__all__ = ["broadcast_batch"]
+__all__ = ["broadcast_nested"]
 
 
-def broadcast_batch(batch: Any, groups: ProcessGroups) -> Any:
-    """Give every rank of a pipeline the batch of its first rank.
+def broadcast_nested(value: Any, source: int, groups: ProcessGroups, device: torch.device) -> Any:
+    """Give every rank of a pipeline what one of them has.
 
     Args:
-        batch: On the device; nested as ``torch.utils._pytree`` knows it, anything else is one leaf and is pickled.
+        value: Nested as batches are; tensors in it are sent as such, anything else is pickled. Ignored on other ranks.
+        source: Global rank that has it.
         groups: The ranks.
+        device: Of this rank; tensors that are not on the CPU arrive here.
 
     Returns:
-        The first rank's batch.
+        The source's value.
     """
-    source = groups.layout.global_rank(0, groups.data_rank)
-    leaves, spec = tree_flatten(batch)
-    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
-    here = groups.pipeline_rank == 0
-    message: list[Any] = [None]
-    if here:
-        described = [_Shape(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        message = [(described, spec)]
+    if groups.layout.pipeline == 1:
+        return value
+    here = dist.get_rank() == source
+    tensors: list[Tensor] = []
+
+    def describe(tensor: Tensor) -> _Shape:
+        tensors.append(tensor.detach())
+        return _Shape(tuple(tensor.shape), tensor.dtype, tensor.device.type == "cpu")
+
+    message = [map_leaves(value, Tensor, describe) if here else None]
     dist.broadcast_object_list(message, source, group=groups.control)
-    described, spec = message[0]
-    received = []
-    for index, leaf in enumerate(described):
-        if isinstance(leaf, _Shape):
-            tensor = leaves[index].contiguous() if here else torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
-            dist.broadcast(tensor, source, group=groups.pipeline)
-            received.append(tensor)
-        else:
-            received.append(leaf)
-    return tree_unflatten(received, spec)
+    received: list[Tensor] = []
+
+    def prepare(shape: _Shape) -> Tensor:
+        received.append(torch.empty(shape.shape, dtype=shape.dtype, device="cpu" if shape.on_cpu else device))
+        return received[-1]
+
+    result = value if here else map_leaves(message[0], _Shape, prepare)
+    for tensor in tensors if here else received:
+        if tensor.numel():
+            # Bytes: gloo knows some types only.
+            content = tensor.contiguous().view(-1).view(torch.uint8)
+            dist.broadcast(content, source, group=groups.control if tensor.device.type == "cpu" else groups.pipeline)
+    return result
 
 
 class _Shape:
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, on_cpu: bool) -> None:
+        self.shape, self.dtype, self.on_cpu = shape, dtype, on_cpu

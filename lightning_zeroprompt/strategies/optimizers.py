@@ -2,8 +2,8 @@
 """One optimizer over a model of which each rank owns a part.
 
 ``configure_optimizers`` is the user's and sees the whole model, on every rank. What a rank does not own is shown to it
-as empty tensors of the right number of dimensions, so that grouping by name or by dimensions works, and is taken out of
-the groups afterwards. The names of the whole groups are kept: a checkpoint in one file numbers parameters by them.
+as one number, expanded to the right shape, so that grouping by name or by shape works, and is taken out of the groups
+afterwards. The names of the whole groups are kept: a checkpoint in one file numbers parameters by them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class OwnedOptimizers:
 
     @contextmanager
     def placeholders(self) -> Iterator[None]:
-        """Show empty tensors in place of other ranks' parameters, which are on the meta device."""
+        """Show tensors without memory in place of other ranks' parameters, which are on the meta device."""
         swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
         made: dict[int, nn.Parameter] = {}
         names = {id(parameter): name for name, parameter in self._pipeline.chain.root.named_parameters()}
@@ -54,8 +54,9 @@ class OwnedOptimizers:
                 if parameter is None or not parameter.is_meta:
                     continue
                 if id(parameter) not in made:
-                    empty = torch.empty((0,) * parameter.dim(), dtype=parameter.dtype, device=self._pipeline.device)
-                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                    # Not on the meta device, which fused optimizers refuse.
+                    number = torch.zeros((), dtype=parameter.dtype, device=self._pipeline.device)
+                    made[id(parameter)] = nn.Parameter(number.expand(parameter.shape), parameter.requires_grad)
                     self._placeholders[id(made[id(parameter)])] = names[id(parameter)]
                 swapped.append((module, name, parameter))
                 module._parameters[name] = made[id(parameter)]
@@ -71,8 +72,12 @@ class OwnedOptimizers:
         """Take other ranks' parameters out of an optimizer's groups.
 
         Raises:
-            ValueError: If it holds a parameter that is none of the module's.
+            ValueError: If it holds a parameter that is none of the module's, or needs to see more than a rank has.
         """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS needs the gradients of all stages at once; use an optimizer that works by parameter"
+            )
         names = {id(parameter): name for name, parameter in self._pipeline.chain.root.named_parameters()}
         self.groups, self.names, self.kernels = [], names, []
         for group in optimizer.param_groups:
@@ -87,7 +92,16 @@ class OwnedOptimizers:
                 known.append(name)
             self.groups.append(known)
             self.kernels.append({key: group[key] for key in ("foreach", "fused") if key in group})
+            for parameter in group["params"]:
+                if id(parameter) in self._placeholders:
+                    optimizer.state.pop(parameter, None)
             group["params"] = [p for p in group["params"] if id(p) not in self._placeholders]
+            if isinstance(optimizer, torch.optim.Adafactor) and any(isinstance(p, DTensor) for p in group["params"]):
+                raise ValueError(
+                    "torch.optim.Adafactor cannot work on sharded parameters, which data_parallel_size > 1, bf16-mixed "
+                    "and cpu_offload make of a stage's: use another optimizer, or data_parallel_size=1 with 32-true or "
+                    "bf16-true"
+                )
             if len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1:
                 # Kernels over many tensors at once take sharded or whole ones, not both.
                 group.update({key: False for key in ("foreach", "fused") if key in group})

@@ -8,9 +8,10 @@ and made again everywhere:
 * ``"mean"`` (the default): the mean weighted by the micro-batches' loss weights, or by ``batch_size`` where one is
   given;
 * ``"sum"``, ``"max"``, ``"min"``: that, over the micro-batches;
-* any other function is called with the stacked values.
+* anything else Lightning refuses, on every rank.
 
-A ``Metric`` object keeps its state on the last stage; its ``compute`` gathers over all ranks as always.
+A ``Metric`` object keeps its state on the last stage (see ``metrics``). Logged ``on_step`` in training, it shows the
+weighted mean of its values for the micro-batches; its value for an epoch is exact.
 
 Names and arguments go round on the CPU, and only when they change; values go in one tensor, which the CPU never waits
 for.
@@ -18,6 +19,7 @@ for.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 __all__ = ["LogRelay"]
+
+_LOG_ARGUMENTS = tuple(inspect.signature(pl.LightningModule.log).parameters)[3:]
 
 
 @dataclass(slots=True)
@@ -74,8 +78,8 @@ class LogRelay:
         self._module, self._source, self._group, self._control = module, source, group, control
         self._device = device
         self._records: dict[tuple[str, int], _Record] = {}
-        self._entries: tuple[_Entry, ...] = ()
-        self._sent: Any = None
+        self._sent: tuple[tuple[_Entry, ...], str | None, bool] = ((), None, False)
+        self._metrics = {id(part): name for name, part in module.named_modules() if isinstance(part, Metric)}
 
     @contextmanager
     def muted(self) -> Iterator[None]:
@@ -94,7 +98,7 @@ class LogRelay:
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
             if args:
-                raise TypeError(f"self.log({name!r}, ...): pass everything behind the value by keyword")
+                kwargs |= dict(zip(_LOG_ARGUMENTS, args, strict=False))
             count = seen[name] = seen.get(name, -1) + 1
             self._record(name, count, value, kwargs, weight)
 
@@ -115,14 +119,19 @@ class LogRelay:
             record = self._records[name, count] = _Record(name, dict(arguments))
             record.arguments.pop("batch_size", None)
         if isinstance(value, Metric):
-            record.metric = next(path for path, part in self._module.named_modules() if part is value)
+            record.metric = self._metrics.get(id(value)) or arguments.get("metric_attribute")
+            if record.metric is None:
+                raise ValueError(f"self.log({name!r}, ...) was given a metric that is no attribute of the module")
             value = getattr(value, "_forward_cache", None)
             if value is None:
                 # Updated, not called: there is no value of this step.
                 return
         if isinstance(value, dict):
             raise TypeError(f"self.log({name!r}, <dict>): use self.log_dict")
-        tensor = torch.as_tensor(value, device=self._device).detach()
+        if not isinstance(value, Tensor):
+            # As Lightning does, whatever precision plugins make of the default type.
+            value = torch.tensor(value, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        tensor = value.detach().to(self._device)
         if tensor.numel() != 1:
             raise ValueError(f"self.log({name!r}, ...) was given {tensor.numel()} numbers; log one")
         size = arguments.get("batch_size")
@@ -131,24 +140,26 @@ class LogRelay:
         if size is not None:
             record.sizes.append(int(size))
 
-    def send(self, loss: Tensor | None, rows: int) -> Tensor | None:
+    def send(self, loss: Tensor | None = None, more: bool = False) -> tuple[Tensor | None, bool]:
         """Tell all ranks of the pipeline, and log there; every rank calls this at the end of a step.
 
         Args:
             loss: The batch's loss on the last stage's rank; elsewhere ignored.
-            rows: Of the batch, for means over an epoch.
+            more: Something that the last stage's rank says.
 
         Returns:
-            The loss; None where the last stage gave none.
+            What the last stage's rank gave; a loss in float32 or better.
         """
         here = dist.get_rank() == self._source
         message: list[Any] = [None]
         values: list[Tensor] = []
         if here:
             entries, values = self._combine()
+            dtype = None
             if loss is not None:
                 values.append(loss.detach().double())
-            described = (entries, loss is not None)
+                dtype = _name(torch.promote_types(loss.dtype, torch.float32))
+            described = (entries, dtype, more)
             # Nothing changed: nothing to say.
             message = [None if described == self._sent else described]
             self._sent = described
@@ -156,24 +167,22 @@ class LogRelay:
             dist.broadcast_object_list(message, self._source, group=self._control)
         if message[0] is not None:
             self._sent = message[0]
-        entries, has_loss = self._sent
-        count = len(entries) + has_loss
+        entries, dtype, more = self._sent
+        count = len(entries) + (dtype is not None)
         packed = torch.stack(values) if values else torch.zeros(count, dtype=torch.float64, device=self._device)
         if count and dist.get_world_size(self._group) > 1:
             dist.broadcast(packed, self._source, group=self._group)
         for entry, value in zip(entries, packed.unbind(), strict=False):
-            self._log_again(entry, value, rows)
-        # Not in the default type, which precision plugins change: a loss in bfloat16 would be rounded.
-        return packed[-1] if has_loss else None
+            self._log_again(entry, value)
+        return (None if dtype is None else packed[-1].to(getattr(torch, dtype))), more
 
-    def _log_again(self, entry: _Entry, value: Tensor, rows: int) -> None:
-        arguments = {"batch_size": rows, **entry.arguments}
+    def _log_again(self, entry: _Entry, value: Tensor) -> None:
         if entry.metric is None:
-            self._module.log(entry.name, value.to(getattr(torch, entry.dtype)), **arguments)
+            self._module.log(entry.name, value.to(getattr(torch, entry.dtype)), **entry.arguments)
             return
         metric = self._module.get_submodule(entry.metric)
         metric._forward_cache = value.to(getattr(torch, entry.dtype)) if entry.dtype else None  # type: ignore[assignment]
-        self._module.log(entry.name, metric, **arguments)  # type: ignore[arg-type]
+        self._module.log(entry.name, metric, **entry.arguments)  # type: ignore[arg-type]
 
     def _combine(self) -> tuple[tuple[_Entry, ...], list[Tensor]]:
         records, self._records = list(self._records.values()), {}
@@ -182,7 +191,7 @@ class LogRelay:
             arguments = dict(record.arguments)
             if record.sizes:
                 arguments["batch_size"] = sum(record.sizes)
-            dtype = str(record.values[0].dtype).removeprefix("torch.") if record.values else ""
+            dtype = _name(record.values[0].dtype) if record.values else ""
             entries.append(_Entry(record.name, arguments, record.metric, dtype))
             values.append(
                 _reduce(record.values, record.weights, arguments.get("reduce_fx", "mean"))
@@ -192,16 +201,18 @@ class LogRelay:
         return tuple(entries), values
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _reduce(values: Sequence[Tensor], weights: Sequence[Tensor], how: Any) -> Tensor:
     stacked = torch.stack([value.double() for value in values])
-    if how in ("mean", torch.mean):
-        weighted = torch.stack([weight.double() for weight in weights])
-        return (stacked * weighted).sum() / weighted.sum()
+    how = how.lower() if isinstance(how, str) else how
     if how in ("sum", torch.sum):
         return stacked.sum()
     if how in ("max", max, torch.max):
         return stacked.max()
     if how in ("min", min, torch.min):
         return stacked.min()
-    result: Tensor = how(stacked)
-    return result
+    weighted = torch.stack([weight.double() for weight in weights])
+    return (stacked * weighted).sum() / weighted.sum()

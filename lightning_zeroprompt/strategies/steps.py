@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from lightning_zeroprompt.pipeline.batch import batch_rows, signature, split_batch, split_sizes
 from lightning_zeroprompt.pipeline.executor import MicroBatch
 from lightning_zeroprompt.pipeline.pipeline import Pipeline
 from lightning_zeroprompt.pipeline.schedule import Schedule
+from lightning_zeroprompt.strategies.broadcast import broadcast_nested
+from lightning_zeroprompt.strategies.metrics import PipelineMetrics
 from lightning_zeroprompt.strategies.relay import LogRelay
 from lightning_zeroprompt.strategies.support import join_results, micro_seed, random_state
 
@@ -47,6 +48,7 @@ class PipelineSteps:
         seed: Equal on all ranks.
 
     Attributes:
+        metrics: The module's torchmetrics objects.
         in_user_code: Whether a step of the module is running, which it does on some ranks only.
     """
 
@@ -55,6 +57,11 @@ class PipelineSteps:
         groups = pipeline.groups
         self._seed = micro_seed(seed, groups.data_rank)
         self._relay = LogRelay(module, pipeline.last_rank, groups.pipeline, groups.control, pipeline.device)
+        self.metrics = PipelineMetrics(
+            module, groups, pipeline.last_rank, pipeline.device, in_user_code=lambda: self.in_user_code
+        )
+        self._parameters = list(module.parameters())
+        self._frozen: tuple[bool, ...] = ()
         self.in_user_code = False
         self._batches_compared = self._loss_checked = False
 
@@ -71,13 +78,13 @@ class PipelineSteps:
             scale: Factor of the gradients, 1 / batches that are accumulated.
 
         Returns:
-            What ``training_step`` returned, with the loss of the whole batch, on the last stage's rank; the loss
-            elsewhere.
+            What ``training_step`` returned, with the loss of the whole batch, on every rank of the pipeline.
 
         Raises:
             TypeError: If ``training_step`` returns no loss.
         """
         batch, rest = args[0], args[1:]
+        self._frozen = tuple(parameter.requires_grad for parameter in self._parameters)
         rows = batch_rows(batch)
         sizes = split_sizes(rows, schedule.micro_batches)
         parts = split_batch(batch, sizes)
@@ -110,13 +117,15 @@ class PipelineSteps:
             self._check_loss(losses)
             heavy = torch.stack([weight.double() for weight in weights])
             mean = (torch.stack(losses).double() * heavy).sum() / heavy.sum()
-        loss = self._relay.send(mean, rows)
+        returned_more = bool(results) and isinstance(results[0], Mapping) and len(results[0]) > 1
+        loss, returned_more = self._relay.send(mean, returned_more)
         if loss is None:
             raise RuntimeError("the last stage reported no loss")
         loss = loss.requires_grad_()
-        if results and isinstance(results[0], Mapping):
-            return {**join_results(results, sizes), "loss": loss}
-        return loss
+        if not returned_more:
+            return loss
+        joined = join_results(results, sizes) if results else None
+        return {**self._share(joined), "loss": loss}
 
     def evaluate(
         self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, log: bool = True
@@ -132,12 +141,7 @@ class PipelineSteps:
         Returns:
             What it returned, on every rank of the pipeline.
         """
-        groups = self._pipeline.groups
-        try:
-            rows = batch_rows(args[0])
-        except ValueError:
-            rows = 1
-        weight = torch.as_tensor(float(rows), device=self._pipeline.device)
+        weight = torch.ones((), device=self._pipeline.device)
 
         def end(output: Any, index: int) -> Any:
             return self._replay(method, args, kwargs, output, 0, index, weight)
@@ -145,13 +149,12 @@ class PipelineSteps:
         with random_state(self._pipeline.device):
             results = self._pipeline.executor.forward([self._micro_batch(method, args, kwargs, 0, 0)], end)
         if log:
-            self._relay.send(None, rows)
-        if groups.layout.pipeline == 1:
-            return results[0]
-        # Over the CPU: a pickled tensor comes back on the device of the sender.
-        message = [move_data_to_device(result, torch.device("cpu")) for result in results] or [None]
-        dist.broadcast_object_list(message, self._pipeline.last_rank, group=groups.control)
-        return results[0] if results else move_data_to_device(message[0], self._pipeline.device)
+            self._relay.send()
+        return self._share(results[0] if results else None)
+
+    def _share(self, value: Any) -> Any:
+        """Give all ranks of the pipeline what the last stage's has."""
+        return broadcast_nested(value, self._pipeline.last_rank, self._pipeline.groups, self._pipeline.device)
 
     # -- user code ------------------------------------------------------------------------------------------------
 
@@ -159,11 +162,12 @@ class PipelineSteps:
         self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, index: int
     ) -> MicroBatch:
         def capture() -> Any:
-            with self._relay.muted():
+            with self._relay.muted(), self.metrics.muted():
                 return self._pipeline.chain.capture(lambda: self._call(method, args, kwargs))
 
         return MicroBatch(
-            signature=signature(args[0]),
+            # What is frozen decides which gradients come back.
+            signature=(signature(args[0]), self._frozen),
             capture=capture,
             seed=lambda stage: self._set_seed(step, stage, index),
             context=self._precision.forward_context,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
@@ -40,9 +41,11 @@ from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
 from lightning_zeroprompt.strategies.announce import describe_cut, describe_schedule
-from lightning_zeroprompt.strategies.broadcast import broadcast_batch
+from lightning_zeroprompt.strategies.averages import cut_averages
+from lightning_zeroprompt.strategies.broadcast import broadcast_nested
 from lightning_zeroprompt.strategies.checkpoint.optimizer import load_named_state, named_state, numbers_to_names
 from lightning_zeroprompt.strategies.checkpoint.trainer import load_checkpoint, load_module_state, save_checkpoint
+from lightning_zeroprompt.strategies.norms import whole_grad_norms
 from lightning_zeroprompt.strategies.optimizers import OwnedOptimizers
 from lightning_zeroprompt.strategies.steps import PipelineSteps
 from lightning_zeroprompt.strategies.support import fsdp_precision, hydra_config
@@ -149,6 +152,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
         self._owned_optimizers: OwnedOptimizers | None = None
         self._schedules: dict[int, Schedule] = {}
         self._first_count: int | None = None
+        self._running = ExitStack()
         self._stash: list[tuple[Tensor, Tensor | None]] = []
         self._seed = 0
 
@@ -213,9 +217,11 @@ class ZeroPPStrategy(ModelParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch; all ranks of a pipeline get the first one's, whatever their own loaders drew."""
         batch = super().batch_to_device(batch, device, dataloader_idx)
-        if self.groups.layout.pipeline == 1 or self._is_whole:
+        if self._is_whole:
             return batch
-        return broadcast_batch(batch, self.groups)
+        return broadcast_nested(
+            batch, self.groups.layout.global_rank(0, self.groups.data_rank), self.groups, self.root_device
+        )
 
     @property
     @override
@@ -300,8 +306,14 @@ class ZeroPPStrategy(ModelParallelStrategy):
             self._runner = PipelineSteps(module, self.pipeline, self.precision_plugin, self._seed)
         if self._evaluates_whole:
             self._evaluate_whole(trainer)
+        self._running.callback(self.pipeline.restore)
         self.pipeline.prepare()
+        self._running.callback(self._steps.metrics.detach)
+        self._steps.metrics.attach()
+        self._hide_example(module)
         if fitting:
+            self._running.enter_context(whole_grad_norms(self.pipeline))
+            cut_averages(trainer.callbacks, module)  # type: ignore[attr-defined]
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
@@ -312,7 +324,17 @@ class ZeroPPStrategy(ModelParallelStrategy):
         self._whole = WholeModel(self.pipeline)
         trainer.callbacks.insert(0, WholeEvaluation(self._whole))  # type: ignore[attr-defined]
 
+    def _hide_example(self, module: pl.LightningModule) -> None:
+        """Keep summaries and loggers from running a model of which a rank holds a part."""
+        example = module.example_input_array
+        if example is None:
+            return
+        rank_zero_warn("zeropp: no rank can run example_input_array through the whole model; summaries show no sizes")
+        module.example_input_array = None
+        self._running.callback(setattr, module, "example_input_array", example)
+
     def _cut(self, module: pl.LightningModule) -> None:
+        self._schedules, self._first_count = {}, None
         if isinstance(module, torch._dynamo.OptimizedModule):
             raise ValueError("a compiled LightningModule cannot be cut into stages; compile its blocks instead")
         precision = fsdp_precision(self.precision_plugin)
@@ -406,8 +428,12 @@ class ZeroPPStrategy(ModelParallelStrategy):
         def clip_grad_by_norm(optimizer: Optimizer, clip_val: float) -> None:
             self.pipeline.clip_grad_norm(list(plugin.main_params(optimizer)), float(clip_val))
 
+        def clip_grad_by_value(optimizer: Optimizer, clip_val: float) -> None:
+            self.pipeline.clip_grad_value(list(plugin.main_params(optimizer)), float(clip_val))
+
         # The norm is the whole model's: a plugin sees this rank's parameters alone.
         plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+        plugin.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
 
     @override
     def model_to_device(self) -> None:
@@ -417,8 +443,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
     def teardown(self) -> None:
         if self._whole is not None:
             self._whole.release()
-        if self._pipeline is not None:
-            self._pipeline.restore()
+        self._running.close()
         super().teardown()
 
     # -- steps ----------------------------------------------------------------------------------------------------
