@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from lightning_zeroprompt.pipeline.chain import Chain
+from lightning_zeroprompt.pipeline.chain import Calls, Chain
+from lightning_zeroprompt.pipeline.chain_check import ChainCopy
 from lightning_zeroprompt.pipeline.executor import MicroBatch, PipelineExecutor
 from lightning_zeroprompt.pipeline.layout import ProcessGroups
 from lightning_zeroprompt.pipeline.partition import balanced_cuts, module_cost
@@ -80,6 +81,8 @@ class Pipeline:
     ) -> None:
         self.chain, self.placement, self.cuts, self.groups, self.device = chain, placement, list(cuts), groups, device
         rank = groups.pipeline_rank
+        # The first stage's rank alone knows what the chain is called with.
+        self._copy = ChainCopy.of(chain) if rank == placement.rank_of(0) and groups.data_rank == 0 else None
         self._ownership = assign_parameters(chain, cuts)
         self._owners = {name: self._ownership.ranks(name, placement) for name in self._ownership.stages}
         self.owned = frozenset(name for name, ranks in self._owners.items() if rank in ranks)
@@ -137,6 +140,16 @@ class Pipeline:
     def last_rank(self) -> int:
         """Global rank of the last stage of this rank's pipeline."""
         return self.groups.layout.global_rank(self.placement.rank_of(self.placement.stages - 1), self.groups.data_rank)
+
+    def check_chain(self, calls: Calls) -> None:
+        """Once, on one rank: compare a target with its blocks (see ``chain_check``).
+
+        Raises:
+            ValueError: If they compute different things.
+        """
+        if self._copy is not None:
+            self._copy.compare(calls)
+            self._copy = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters under the names of the whole model."""

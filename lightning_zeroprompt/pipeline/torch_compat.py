@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -35,6 +36,7 @@ __all__ = [
     "StageBase",
     "UnshardedGradBuffers",
     "finish_reductions",
+    "is_compiled",
     "reduce_gradients",
     "to_actions",
 ]
@@ -188,6 +190,11 @@ def _param_groups(root: FSDPModule) -> list[Any]:
         one = getattr(part, "_fsdp_param_group", None)
         groups += several if several is not None else [one] if one is not None else []
     return groups
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module's call is compiled: ``torch.compile(module)`` or ``module.compile()``."""
+    return isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def reduce_gradients(root: FSDPModule) -> None:

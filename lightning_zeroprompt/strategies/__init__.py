@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning strategies. Importing this package registers ``Trainer(strategy="zeropp")``."""
-
-from lightning.pytorch.strategies import StrategyRegistry
+"""Lightning strategies. ``lightning_zeroprompt`` itself registers ``Trainer(strategy="zeropp")``."""
 
 from lightning_zeroprompt.strategies.zeropp import ZeroPPStrategy
 
 __all__ = ["ZeroPPStrategy"]
-
-ZeroPPStrategy.register_strategies(StrategyRegistry)

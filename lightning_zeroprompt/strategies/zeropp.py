@@ -256,8 +256,6 @@ class ZeroPPStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
 
     def _cut(self, module: pl.LightningModule) -> None:
-        if isinstance(module, torch._dynamo.OptimizedModule):
-            raise ValueError("a compiled LightningModule cannot be cut into stages; compile its blocks instead")
         precision = fsdp_precision(self.precision_plugin)
         cut_before = getattr(module, "_zeropp_pipeline", None)
         if cut_before is not None:
@@ -466,10 +464,3 @@ class ZeroPPStrategy(ModelParallelStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._steps.evaluate(self._module.predict_step, args, kwargs, log=False)
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``"zeropp"``."""
-        if "zeropp" not in strategy_registry:
-            strategy_registry.register("zeropp", cls, description="Pipeline parallelism (ZeroPP) with FSDP2")
