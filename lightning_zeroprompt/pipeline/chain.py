@@ -204,7 +204,7 @@ class Chain:
         if self.target is not None or self._compared:
             return self._capture(run)
         self._compared = True
-        gpu = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(gpu):
             other = self._capture(run, between=float("nan"))
         calls = self._capture(run)

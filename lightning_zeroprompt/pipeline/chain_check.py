@@ -3,8 +3,8 @@
 
 ``configure_pipeline() -> (target, blocks)`` promises it, and a forgotten norm or a wrong order would train another
 model without any error. Once a model is cut no rank can run it whole, so a copy is kept on the CPU from before the cut
-until the first micro-batch. Not checked: models above ``LARGEST`` parameters (check a small configuration of them), models on
-the meta device, and what cannot be copied; in evaluation mode, so dropout is none of it.
+until the first micro-batch. Not checked: models above ``LARGEST`` parameters (check a small configuration of them),
+models on the meta device, and what cannot be copied; in evaluation mode, so dropout is none of it.
 """
 
 from __future__ import annotations
