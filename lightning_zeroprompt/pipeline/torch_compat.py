@@ -9,6 +9,7 @@ Works on torch 2.11 and 2.13. What each part is for:
   uninitialised tensors (2.13) and allocates one receive buffer a micro-batch for ever (both).
 * ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
+* ``forget_process_groups`` lets a process be a rank of one world after another.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.distributed.pipelining.schedules import (
     _ComputationType,
     _PipelineScheduleRuntime,
 )
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_sharding_cache
 
 from lightning_zeroprompt.pipeline.schedule import Kind, Task
 from lightning_zeroprompt.pipeline.weight_grad import GradBuffer
@@ -36,6 +38,7 @@ __all__ = [
     "StageBase",
     "UnshardedGradBuffers",
     "finish_reductions",
+    "forget_process_groups",
     "is_compiled",
     "reduce_gradients",
     "to_actions",
@@ -210,6 +213,14 @@ def finish_reductions(root: FSDPModule) -> None:
     """Make the current stream wait for a stage's reductions, at the end of a step."""
     root.set_is_last_backward(True)
     fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+def forget_process_groups() -> None:
+    """Destroy all process groups, and what DTensor remembers of meshes over them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # Results of operators are remembered with their mesh, and a mesh of a later world equals that of an earlier one.
+    clear_sharding_cache()  # type: ignore[no-untyped-call]
 
 
 class UnshardedGradBuffers:

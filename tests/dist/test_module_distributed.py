@@ -20,7 +20,6 @@ from lightning_zeroprompt.data.task import Example, PromptTemplate, Task
 from lightning_zeroprompt.data.tokenizer import ByteTokenizer
 from lightning_zeroprompt.models import scoring
 from lightning_zeroprompt.models.module import Text2TextModule
-from lightning_zeroprompt.testing import run_distributed
 
 STEPS = 12
 
@@ -172,11 +171,10 @@ def test_the_evaluation_is_one_that_ranks_could_get_wrong(folder, alone):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_do_what_one_does(folder, alone, strategy, tmp_path, monkeypatch, request):
+def test_two_ranks_do_what_one_does(folder, alone, strategy, tmp_path, run_ranks):
     """Losses and scores relative 1e-5, parameters 1e-6 absolute, answers exact but for their limit."""
-    monkeypatch.syspath_prepend(request.config.rootpath)
     path = tmp_path / "run.ckpt"
-    ranks = run_distributed(runs, 2, folder, strategy, 2, path, timeout=200)
+    ranks = run_ranks(runs, 2, folder, strategy, 2, path, timeout=200)
     for number, expected in enumerate(alone):
         found = [results[number] for results in ranks]
         # A rank's loss is its share of the global token mean, times the ranks.
