@@ -10,7 +10,12 @@ User code calls its model in the middle of a step: something before (embeddings,
 
 Two forms: a *target* (one module whose call is the chain: an ``nn.Sequential``, or what ``configure_pipeline`` names),
 or a list of blocks called one after another by user code. In the second form it is checked, at every call, that each
-block is fed the output of the one before, and that nothing else that a block is given carries gradients.
+block is fed the output of the one before, and that nothing else that a block is given carries gradients; and, at the
+first call, that nothing else depends on the stream at all. A replay's stream is NaN between the blocks, so that a loss
+that reads it there is noticed. (Of the first form see ``chain_check``.)
+
+An empty key-value cache (what ``transformers`` models make where ``use_cache`` is not switched off) is not passed on to
+blocks: it would fill with keys that nobody reads, and once more when a checkpointed block runs again.
 
 Modules outside the blocks live on the first stage (registered before the blocks) or the last (behind). Where a rank
 lacks one, its stand-in returns NaN in the right shape: code that really needed it cannot go unnoticed.
@@ -32,8 +37,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
+
+from lightning_zeroprompt.pipeline.torch_compat import is_compiled
 
 __all__ = ["Calls", "Chain", "StageMemo", "find_chain"]
 
@@ -97,6 +104,12 @@ class _StandIn(nn.Module):
                 "self.embedding.weight); for anything else return blocks that hold what they use from "
                 "configure_pipeline()"
             )
+        if isinstance(value, Tensor) and name in vars(self.__dict__["_block"]):
+            raise RuntimeError(
+                f"user code reads {name!r} of {type(self.__dict__['_block']).__name__}, a tensor that the block makes "
+                "when it runs, on another rank perhaps. Return (target, blocks) from configure_pipeline() with blocks "
+                "that pass it on"
+            )
         return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,6 +142,15 @@ class Chain:
             [target is not None and name in inspect.signature(block.forward).parameters for block in self.blocks]
             for name in ("inputs", "memo")
         )
+        for module in root.modules():
+            if is_compiled(module) and any(
+                part is self.blocks[0] for child in module.children() for part in child.modules()
+            ):
+                raise ValueError(
+                    f"{type(module).__name__} is compiled as a whole, so it cannot be cut into stages: compile its "
+                    "blocks instead (for block in model.layers: block.compile())"
+                )
+        self._compared = False
         self._absent: list[nn.Module] = []
         self._place = "the first and the last stage"
         self._before = self._behind = True
@@ -202,9 +224,26 @@ class Chain:
         Raises:
             ValueError: If the step does not call the chain, or not as a chain.
         """
+        if self.target is not None or self._compared:
+            return self._capture(run)
+        self._compared = True
+        gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(gpu):
+            other = self._capture(run, between=float("nan"))
+        calls = self._capture(run)
+        for index, (one, two) in enumerate(zip(calls.extra, other.extra, strict=True)):
+            if not all(_same(a, b) for a, b in zip(tree_leaves(one), tree_leaves(two), strict=True)):
+                raise ValueError(
+                    f"{self.name}: block {index} is given something besides the stream that is computed from what the "
+                    "blocks before it return, and these may be on another rank. Compute it in the block, or return "
+                    "(target, blocks) from configure_pipeline() with blocks that pass it on"
+                )
+        return calls
+
+    def _capture(self, run: Callable[[], Any], between: float | None = None) -> Calls:
         calls = Calls()
         try:
-            with self._replaced(calls, None):
+            with self._replaced(calls, None, between):
                 run()
         except _Captured:
             return calls
@@ -223,11 +262,11 @@ class Chain:
         Returns:
             What ``run`` returns.
         """
-        with self._replaced(Calls(), (output,)):
+        with self._replaced(Calls(), (output,), float("nan")):
             return run()
 
     @contextmanager
-    def _replaced(self, calls: Calls, output: tuple[Any] | None) -> Iterator[None]:
+    def _replaced(self, calls: Calls, output: tuple[Any] | None, between: float | None) -> Iterator[None]:
         reached = [0]
         token: list[Any] = [None]
 
@@ -239,17 +278,14 @@ class Chain:
 
         def whole(*args: Any, **kwargs: Any) -> Any:
             if reached[0]:
-                raise ValueError(
-                    f"{self.name} is called more than once in a step; a pipeline runs its stages once a micro-batch. "
-                    "Join the calls into one along the batch dimension"
-                )
-            calls.args, calls.kwargs = args, kwargs
+                raise ValueError(self._called_again())
+            calls.args, calls.kwargs = _without_caches((args, kwargs))
             return finish()
 
         def block_call(index: int) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 self._check_call(index, reached[0], token[0], args)
-                calls.extra.append((args[1:], kwargs))
+                calls.extra.append(_without_caches((args[1:], kwargs)))
                 self._check_extra(index, calls.extra[-1])
                 if index == 0:
                     calls.args = args[:1]
@@ -258,7 +294,10 @@ class Chain:
                 if reached[0] == len(self.blocks):
                     return finish()
                 # A new object, so that a later block that is given another one's output is noticed.
-                token[0] = args[0].view_as(args[0]) if isinstance(args[0], Tensor) else args[0]
+                stream = args[0]
+                if index == 0 and between is not None and stream.is_floating_point():
+                    stream = torch.full_like(stream, between)
+                token[0] = stream.view_as(stream)
                 return token[0]
 
             return call
@@ -288,7 +327,15 @@ class Chain:
             if self.target is self.root:
                 del self.root.forward
 
+    def _called_again(self) -> str:
+        return (
+            f"{self.name}: called more than once in a step; a pipeline runs its stages once a micro-batch. Join the "
+            "calls into one along the batch dimension"
+        )
+
     def _check_call(self, index: int, expected: int, token: Any, args: tuple[Any, ...]) -> None:
+        if index == 0 and expected == len(self.blocks):
+            raise ValueError(self._called_again())
         if index != expected:
             again = "again" if index < expected else f"where block {expected} was next"
             raise ValueError(
@@ -380,6 +427,37 @@ class Chain:
 def _places(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Where a module is registered."""
     return [(parent, name) for parent in root.modules() for name, child in parent._modules.items() if child is module]
+
+
+def _is_cache(part: Any) -> bool:
+    return hasattr(type(part), "get_seq_length") and hasattr(type(part), "update")
+
+
+def _without_caches(given: Any) -> Any:
+    """Without key-value caches, which are none of a micro-batch's data.
+
+    Raises:
+        ValueError: If one is not empty.
+    """
+
+    def leave_out(part: Any) -> Any:
+        if not _is_cache(part):
+            return part
+        if part.get_seq_length():
+            raise ValueError(
+                f"blocks are given a {type(part).__name__} of {part.get_seq_length()} earlier positions, which cannot "
+                "reach other stages: pass the whole sequence and use_cache=False"
+            )
+        return None
+
+    return tree_map(leave_out, given, is_leaf=_is_cache)
+
+
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one.shape == two.shape and bool(((one == two) | ((one != one) & (two != two))).all())
+    # What can be compared; functions and other objects are made anew at every call.
+    return one == two if isinstance(one, (bool, int, float, str)) else True
 
 
 def _to_meta(part: Any) -> Any:

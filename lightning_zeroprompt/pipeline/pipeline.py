@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from lightning_zeroprompt.pipeline.chain import Chain
+from lightning_zeroprompt.pipeline.chain import Calls, Chain
+from lightning_zeroprompt.pipeline.chain_check import ChainCopy
 from lightning_zeroprompt.pipeline.executor import MicroBatch, PipelineExecutor
 from lightning_zeroprompt.pipeline.layout import ProcessGroups
 from lightning_zeroprompt.pipeline.partition import balanced_cuts, block_cost, module_cost
@@ -92,6 +93,8 @@ class Pipeline:
         self.chain, self.placement, self.cuts, self.groups, self.device = chain, placement, list(cuts), groups, device
         rank = groups.pipeline_rank
         self.stage_costs = _stage_costs(chain, cuts)
+        # The first stage's rank alone knows what the chain is called with.
+        self._copy = ChainCopy.of(chain) if rank == placement.rank_of(0) and groups.data_rank == 0 else None
         self._ownership = assign_parameters(chain, cuts)
         self._owners = {name: self._ownership.ranks(name, placement) for name in self._ownership.stages}
         self.owned = frozenset(name for name, ranks in self._owners.items() if rank in ranks)
@@ -182,6 +185,16 @@ class Pipeline:
         """Bytes of a stage's parameters, gathered, in the type they are kept in."""
         named = self.chain.root.named_parameters()
         return sum(p.numel() * p.element_size() for name, p in named if stage in self._ownership.stages[name])
+
+    def check_chain(self, calls: Calls) -> None:
+        """Once, on one rank: compare a target with its blocks (see ``chain_check``).
+
+        Raises:
+            ValueError: If they compute different things.
+        """
+        if self._copy is not None:
+            self._copy.compare(calls)
+            self._copy = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters under the names of the whole model."""

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -49,6 +50,7 @@ __all__ = [
     "finish_reductions",
     "forget_process_groups",
     "gather_stage",
+    "is_compiled",
     "reduce_gradients",
     "shard_like",
     "to_actions",
@@ -220,6 +222,11 @@ def _param_groups(root: FSDPModule) -> list[Any]:
         one = getattr(part, "_fsdp_param_group", None)
         groups += several if several is not None else [one] if one is not None else []
     return groups
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module's call is compiled: ``torch.compile(module)`` or ``module.compile()``."""
+    return isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def reduce_gradients(root: FSDPModule) -> None:

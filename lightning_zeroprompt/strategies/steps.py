@@ -163,7 +163,9 @@ class PipelineSteps:
     ) -> MicroBatch:
         def capture() -> Any:
             with self._relay.muted(), self.metrics.muted():
-                return self._pipeline.chain.capture(lambda: self._call(method, args, kwargs))
+                calls = self._pipeline.chain.capture(lambda: self._call(method, args, kwargs))
+            self._pipeline.check_chain(calls)
+            return calls
 
         return MicroBatch(
             # What is frozen decides which gradients come back.
@@ -235,9 +237,10 @@ class PipelineSteps:
         if self._loss_checked:
             return
         self._loss_checked = True
-        if self._pipeline.chain.has_stand_ins and any(bool(torch.isnan(loss)) for loss in losses):
+        chain = self._pipeline.chain
+        if (chain.has_stand_ins or chain.target is None) and any(bool(torch.isnan(loss)) for loss in losses):
             raise RuntimeError(
-                "the first loss is NaN. If it is not so under another strategy, code behind the blocks uses the output "
-                "of a module that runs before them, which is on another rank: pass it through the blocks with "
-                "configure_pipeline()"
+                "the first loss is NaN. If it is not so under another strategy, code behind the blocks uses what is on "
+                "another rank: the output of a module that runs before them, or of a block that is not the last one. "
+                "Pass it through the blocks with configure_pipeline()"
             )

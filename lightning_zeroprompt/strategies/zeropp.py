@@ -335,8 +335,6 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
     def _cut(self, module: pl.LightningModule) -> None:
         self._schedules, self._first_count = {}, None
-        if isinstance(module, torch._dynamo.OptimizedModule):
-            raise ValueError("a compiled LightningModule cannot be cut into stages; compile its blocks instead")
         precision = fsdp_precision(self.precision_plugin)
         cut_before = getattr(module, "_zeropp_pipeline", None)
         if cut_before is not None:

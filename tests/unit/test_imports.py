@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What importing and training load. Each test is a fresh process, because modules stay loaded."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.sources.builtin import builtin_tasks
 from lightning_zeroprompt.data.tokenizer import ByteTokenizer
 
+PACKAGE = Path(__file__).parents[2] / "lightning_zeroprompt"
 _REPORT = "\nimport json, sys\nprint(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
 
 
@@ -40,14 +44,94 @@ def test_reading_a_corpus_loads_no_framework():
     assert not loaded(names) & {"torch", "lightning", "datasets", "pyarrow", "hydra", "transformers", "deap"}
 
 
+HEAVY = {"datasets", "pyarrow", "hydra", "omegaconf", "transformers", "deap", "matplotlib", "pandas", "sklearn"}
+
+
 def test_the_library_adds_no_heavy_import_to_lightnings_own():
     theirs = loaded("import lightning.pytorch, torchmetrics")
     parts = ("data.corpus", "data.mixture", "data.datamodule", "data.evaluation", "models.module", "models.hf")
     names = "\n".join(f"import lightning_zeroprompt.{part}" for part in (*parts, "metrics", "callbacks"))
     ours = loaded(names)
     assert "lightning" in ours
-    heavy = {"datasets", "pyarrow", "hydra", "omegaconf", "transformers", "deap", "matplotlib", "pandas", "sklearn"}
-    assert not (ours - theirs) & heavy
+    assert not (ours - theirs) & HEAVY
+
+
+def test_the_engine_adds_no_heavy_import_to_lightnings_own():
+    theirs = loaded("import lightning.pytorch")
+    ours = loaded("import lightning_zeroprompt.strategies, lightning_zeroprompt.pipeline")
+    assert "lightning" in ours
+    assert not (ours - theirs) & HEAVY
+
+
+def test_the_pipeline_runs_without_lightning():
+    parts = [path.stem for path in (PACKAGE / "pipeline").glob("*.py") if path.stem != "__init__"]
+    assert len(parts) > 10
+    modules = loaded("\n".join(f"import lightning_zeroprompt.pipeline.{part}" for part in parts))
+    assert "torch" in modules
+    assert not modules & {"lightning", "pytorch_lightning", "torchmetrics"}
+
+
+def imports(tree):
+    """Names that a file imports, dotted."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def dotted(node):
+    """``a.b.c`` of an attribute's syntax tree, None for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        head = dotted(node.value)
+        return head and f"{head}.{node.attr}"
+    return None
+
+
+def test_private_names_of_torch_are_touched_in_one_file_alone():
+    # Documented by torch, whatever its underscore: the pytree of nested containers.
+    allowed = {"torch.utils._pytree"}
+    private = {}
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        used = [name for name in imports(tree) if name.startswith("torch.")]
+        used += [name for node in ast.walk(tree) if (name := dotted(node)) and name.startswith(("torch.", "dist."))]
+        bad = {name for name in used if re.search(r"\._(?!_)", name) and not name.startswith(tuple(allowed))}
+        if bad:
+            private[path.relative_to(PACKAGE).as_posix()] = bad
+    assert private.keys() == {"pipeline/torch_compat.py"}, private
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["import lightning_zeroprompt, lightning.pytorch as pl", "import lightning.pytorch as pl, lightning_zeroprompt"],
+)
+def test_importing_the_package_registers_the_strategy(order):
+    program = f"""{order}
+import sys
+assert "lightning_zeroprompt.strategies" not in sys.modules
+trainer = pl.Trainer(strategy="zeropp", accelerator="cpu", devices=2, logger=False)
+assert type(trainer.strategy).__name__ == "ZeroPPStrategy" and trainer.world_size == 2
+"""
+    loaded(program)
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["import lightning_zeroprompt, pytorch_lightning as pl", "import pytorch_lightning as pl, lightning_zeroprompt"],
+)
+def test_a_trainer_of_the_other_package_says_what_to_use(order):
+    program = f"""{order}
+try:
+    pl.Trainer(strategy="zeropp", accelerator="cpu", devices=2, logger=False)
+except TypeError as error:
+    assert "`lightning`, not with `pytorch_lightning`" in str(error), error
+else:
+    raise AssertionError("no error")
+"""
+    loaded(program)
 
 
 def test_a_run_from_a_compiled_folder_loads_neither_datasets_nor_pyarrow(compiled, tmp_path):
