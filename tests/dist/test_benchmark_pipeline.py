@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/pipeline.py from end to end on two gloo ranks, as torchrun starts it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_tiny(tmp_path):
+    cases = ["limit", "zeropp-v2", "fsdp-v8", "lightning:zbv", "torch-dualpipev", "torch-zbv", "fsdp2-zero3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(ROOT / "benchmarks" / "pipeline.py"), "--tiny", "--device", "cpu", "--growth", "10"]
+    given = ["--micro-batches", "2", "--cases", ",".join(cases), "--timeline", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *script, *given], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    by_case = {entry["case"]: entry for entry in result["results"]}
+    assert list(by_case) == cases
+    # DualPipeV needs as many micro-batches as there are stages; its error is a result, and the rest runs.
+    assert "rank 1: ValueError" in by_case.pop("torch-dualpipev")["error"]
+    for entry in by_case.values():
+        assert "error" not in entry, entry
+        assert entry["ms"] > 0
+        assert entry["of_limit"] > 0
+        # Untrained, on 64 words.
+        assert abs(entry["loss"] - math.log(64)) < 0.5
+        # Live tensors after the first step and after the tenth; a step's own batches may differ by some.
+        assert abs(entry["growth_bytes"]) < 0.05 * entry["held_bytes"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}_m2.{end}" for name in ("zeropp-v2", "fsdp-v8") for end in ("png", "json")
+    }
