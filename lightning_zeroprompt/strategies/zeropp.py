@@ -589,13 +589,6 @@ class ZeroPPStrategy(ModelParallelStrategy):
             raise RuntimeError("there is no optimizer before fit")
         return self._owned_optimizers
 
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``"zeropp"``."""
-        if "zeropp" not in strategy_registry:
-            strategy_registry.register("zeropp", cls, description="Pipeline parallelism (ZeroPP) with FSDP2")
-
 
 def _say(lines: list[str]) -> None:
     rank_zero_info("\n".join(f"zeropp: {line}" for line in lines))
