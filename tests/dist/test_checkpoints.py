@@ -48,9 +48,9 @@ class Block(nn.Module):
 class Noted(nn.Module):
     """Has state that is no tensor."""
 
-    def __init__(self, note):
+    def __init__(self):
         super().__init__()
-        self.note, self.linear = note, nn.Linear(WORDS, WORDS)
+        self.note, self.linear = "new", nn.Linear(WORDS, WORDS)
 
     def get_extra_state(self):
         return {"note": self.note}
@@ -65,7 +65,7 @@ class Noted(nn.Module):
 class LM(pl.LightningModule):
     """Tied weights, a parameter that no stage owns, sizes that ranks cannot share evenly, buffers, a frozen part."""
 
-    def __init__(self, optimizer="adamw", blocks=8, words=WORDS, note="new"):
+    def __init__(self, optimizer="adamw", blocks=8, words=WORDS):
         super().__init__()
         self.save_hyperparameters()
         torch.manual_seed(0)
@@ -74,7 +74,7 @@ class LM(pl.LightningModule):
         self.layers = nn.ModuleList(Block() for _ in range(blocks))
         self.head = nn.Linear(WIDTH, words, bias=False)
         self.head.weight = self.embedding.weight
-        self.noted = Noted(note)
+        self.noted = Noted()
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
         self.register_buffer("steps", torch.zeros(2))
         self.losses = []
@@ -341,6 +341,8 @@ class Extra(Callback):
         checkpoint["current"] = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: self.average(value) for name, value in checkpoint["current"].items()}
         checkpoint["count"] = {"n": torch.tensor(3)}
+        # Nothing is there to be saved, and nothing fails.
+        checkpoint["shadow"] = {name: torch.empty(2, device="meta") for name, _ in module.named_parameters()}
 
     def average(self, value):
         return value * 0.5 if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -348,6 +350,7 @@ class Extra(Callback):
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.found = checkpoint["current"]
         assert checkpoint["count"]["n"] == 3
+        assert "shadow" not in checkpoint
 
 
 def extras(folder, strategy):
@@ -358,7 +361,10 @@ def extras(folder, strategy):
         def on_train_start(self, trainer, module):
             trainer.save_checkpoint(f"{folder}/start.ckpt")
 
-    module = LM(note="saved" if world() == 1 or dist_rank() == world() - 1 else "another rank's")
+    module = LM()
+    # Behind the blocks: the last stage's, and there the first data-parallel rank's.
+    writer = 0 if strategy.get("pipeline_parallel_size") == 1 else 1
+    module.noted.note = "saved" if dist_rank() == writer else "another rank's"
     trainer = make_trainer(strategy, max_steps=1, callbacks=[Start(), Extra()])
     trainer.fit(module, loader(strategy))
     loaded, extra, restored = LM(), Extra(), Held()
@@ -382,7 +388,7 @@ def test_states_that_callbacks_add_are_stored_by_name(run_ranks, tmp_path, layou
     torch.set_default_dtype(torch.float32)
     names = {name for name, value in reference.items() if isinstance(value, torch.Tensor)}
     for note, found, restored in results:
-        assert note == "saved" if layout == "P2xD1" else note in ("saved", "another rank's")
+        assert note == "saved"
         for name in names & found.keys():
             assert torch.equal(found[name], reference[name]), name
         for name in names & restored.keys():
@@ -448,7 +454,8 @@ def test_an_interrupted_save_leaves_the_good_checkpoint(tmp_path, monkeypatch, r
     assert os.listdir(tmp_path) == ["good.ckpt"]
     with pytest.raises(RuntimeError, match=r"died with exit code|raised"):
         run_distributed(interrupted, 2, str(tmp_path), strategy, killed, timeout=200)
-    assert sorted(os.listdir(tmp_path)) == [".good.ckpt.partial", "good.ckpt"]
+    # Of a folder rank 0, which lives on for a moment, may have cleared up.
+    assert sorted(os.listdir(tmp_path)) == [".good.ckpt.partial", "good.ckpt"] or not single
     # The next save, of whatever, clears up.
     Replacement(tmp_path / "next.ckpt").discard()
     assert os.listdir(tmp_path) == ["good.ckpt"]

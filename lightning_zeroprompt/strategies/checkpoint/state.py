@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -61,6 +61,7 @@ class Writers:
                 if id(value) in first:
                     self.aliases[key] = first[id(value)]
                 first.setdefault(id(value), key)
+            if id(value) in owned_names:
                 self._ranks[key] = pipeline.owners[owned_names[id(value)]][0]
             else:
                 within = stages.get(key.rpartition(".")[0])
@@ -115,7 +116,7 @@ def own_parts(checkpoint: Mapping[str, Any], writers: Writers) -> tuple[dict[Pat
                     parts[f"optimizer_{index}", "state", name, key] = value
     if lost:
         # On the rank that should have it: only a callback with a copy of its own can have lost it.
-        rank_zero_warn(f"not saved, because they are on the meta device on the rank that holds them: {sorted(lost)}")
+        warnings.warn(f"not saved, since this rank should hold them but has them on meta: {sorted(lost)}", stacklevel=2)
     rest = {key: value for key, value in checkpoint.items() if key not in distributed}
     for key, value in rest.items():
         if any(isinstance(leaf, DTensor) for leaf in tree_leaves(value)):
