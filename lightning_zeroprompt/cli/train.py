@@ -72,6 +72,8 @@ def train(config: DictConfig) -> None:
     if trainer.is_global_zero:
         write_atomically(folder / RESOLVED, OmegaConf.to_yaml(config, resolve=True))
         print(data_summary(config, datamodule))
+        ranks = "1 rank" if trainer.world_size == 1 else f"{trainer.world_size} ranks"
+        print(f"Strategy {type(trainer.strategy).__name__} on {ranks}")
     report = TensorBoardReport(trainer, config, datamodule, module)
     trainer.validate(module, datamodule, verbose=False, weights_only=True)
     untrained = module.summaries[0]

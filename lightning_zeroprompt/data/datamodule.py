@@ -244,9 +244,15 @@ class TaskDataModule(LightningDataModule):
         pin_memory: Whether batches are put into page-locked memory.
         evaluation: Builds the validation datasets; without it there is no validation.
 
+    Attributes:
+        draws_alike: For pipeline strategies: batches are a function of step and data-parallel rank, so that the ranks
+            of a pipeline need not send them to each other.
+
     Raises:
         ValueError: A number that cannot be, or both ``num_tasks`` and ``tasks``.
     """
+
+    draws_alike = True
 
     def __init__(
         self,

@@ -306,7 +306,9 @@ class Chain:
 
         def swap(module: nn.Module, call: Callable[..., Any]) -> None:
             stand_in = _StandIn(module, call)
-            for parent, name in self._places.setdefault(id(module), _places(self.root, module)):
+            if id(module) not in self._places:
+                self._places[id(module)] = _places(self.root, module)
+            for parent, name in self._places[id(module)]:
                 swaps.append((parent, name, module))
                 parent._modules[name] = stand_in
 

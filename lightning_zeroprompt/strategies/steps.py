@@ -25,7 +25,7 @@ from lightning_zeroprompt.pipeline.schedule import Schedule
 from lightning_zeroprompt.strategies.broadcast import broadcast_nested
 from lightning_zeroprompt.strategies.metrics import PipelineMetrics
 from lightning_zeroprompt.strategies.relay import LogRelay
-from lightning_zeroprompt.strategies.support import join_results, micro_seed, random_state
+from lightning_zeroprompt.strategies.support import join_results, micro_seed, random_state, set_seed
 
 __all__ = ["PipelineSteps"]
 
@@ -198,7 +198,7 @@ class PipelineSteps:
             self.in_user_code = False
 
     def _set_seed(self, step: int, stage: int, micro_batch: int) -> None:
-        torch.manual_seed(micro_seed(self._seed, step, stage, micro_batch))
+        set_seed(micro_seed(self._seed, step, stage, micro_batch), self._pipeline.device)
 
     # -- weights and checks ---------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-__all__ = ["fsdp_precision", "hydra_config", "join_results", "micro_seed", "random_state"]
+__all__ = ["fsdp_precision", "hydra_config", "join_results", "micro_seed", "random_state", "set_seed"]
 
 
 def micro_seed(*parts: int) -> int:
@@ -25,6 +25,18 @@ def micro_seed(*parts: int) -> int:
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def set_seed(seed: int, device: torch.device) -> None:
+    """Seed the random numbers of the host and of one device.
+
+    ``torch.manual_seed`` seeds all kinds of devices, and formats the stack for those that are not there: milliseconds,
+    several times a micro-batch.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -165,6 +166,8 @@ class ZeroPPStrategy(ModelParallelStrategy):
         if self._groups is not None:
             return
         self._setup_distributed()
+        # Lightning's launcher does so for the first rank of a machine alone.
+        _set_num_threads_if_needed(self.num_processes)
         pipeline = self._pipeline_parallel_size
         if pipeline == "auto":
             pipeline = self.world_size // self._data_size
@@ -215,9 +218,13 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a batch; all ranks of a pipeline get the first one's, whatever their own loaders drew."""
+        """Move a batch; all ranks of a pipeline get the first one's, whatever their own loaders drew.
+
+        Unless the data module says with ``draws_alike = True`` that they draw the same.
+        """
         batch = super().batch_to_device(batch, device, dataloader_idx)
-        if self._is_whole:
+        drawn_alike = getattr(self._module.trainer.datamodule, "draws_alike", False)  # type: ignore[attr-defined]
+        if self._is_whole or drawn_alike:
             return batch
         return broadcast_nested(
             batch, self.groups.layout.global_rank(0, self.groups.data_rank), self.groups, self.root_device
@@ -417,8 +424,8 @@ class ZeroPPStrategy(ModelParallelStrategy):
                     raise
                 # Lightning's advice is manual optimization.
                 raise ValueError(
-                    "configure_optimizers returned several optimizers; zeropp runs one. Use one optimizer with parameter "
-                    "groups"
+                    "configure_optimizers returned several optimizers; zeropp runs one. Use one optimizer with "
+                    "parameter groups"
                 ) from error
         for optimizer in self.optimizers:
             owned.keep_owned(optimizer)

@@ -240,6 +240,38 @@ def test_ranks_of_a_multirun_job_share_one_configuration(finished, root, strateg
     assert [file.name for file in sweep.glob("*/results.json")] == ["results.json"]
 
 
+def test_a_pipeline_of_two_ranks_gives_what_one_process_gives(finished, root):
+    """Weights to 1e-4 (float32, four steps of AdamW); the resumed run ends with exactly the weights of the first."""
+    shared = (*TINY, *EVALUATION, f"paths.compiled_dir={root / 'compiled'}", "strategy=zeropp", "trainer.devices=2",
+              "callbacks.checkpoint.every_n_train_steps=3", "mixture.denoising=0.3")  # fmt: skip
+    whole, sweep = root / "pipeline", root / "pipeline-resumed"
+    done = command(*shared, f"hydra.run.dir={whole}")
+    assert done.returncode == 0, done.stderr
+    assert "Strategy ZeroPPStrategy on 2 ranks" in done.stdout
+    assert done.stdout.count("Run folder") == 1
+    found, expected = results(whole), results(finished)
+    assert (found["strategy"], found["world_size"], found["steps"]) == ("ZeroPPStrategy", 2, 4)
+    assert found["model"] == expected["model"]
+    for one, two in zip(found["macro"], expected["macro"], strict=True):
+        assert one["nll"] == pytest.approx(two["nll"], rel=1e-3)
+    mine, theirs = (weights(folder / "checkpoints" / "final.ckpt") for folder in (whole, finished))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, atol=1e-4, rtol=0, msg=name)
+
+    done = command("-m", *shared, f"hydra.sweep.dir={sweep}", "hydra.sweep.subdir=${hydra.job.num}",
+                   f"resume_from={whole / 'checkpoints' / 'step-3.ckpt'}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert results(sweep / "0")["macro"] == found["macro"]
+    resumed = weights(sweep / "0" / "checkpoints" / "final.ckpt")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in mine.items())
+
+    arguments = (f"checkpoint={whole / 'checkpoints' / 'final.ckpt'}", f"paths.output_dir={root / 'pipeline-eval'}")
+    evaluate(composed("eval", "trainer.accelerator=cpu", *arguments, *EVALUATION))
+    again = results(root / "pipeline-eval")["heldout_normalised"]
+    assert again == pytest.approx(found["heldout_normalised"], abs=1e-6)
+
+
 def refused(capsys, story):
     """The one line that bad input ends with."""
     capsys.readouterr()

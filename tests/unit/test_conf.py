@@ -23,11 +23,12 @@ from lightning_zeroprompt.callbacks import Throughput
 from lightning_zeroprompt.cli import train as program
 from lightning_zeroprompt.cli.build import build_module, build_trainer, evaluation_settings, open_corpus
 from lightning_zeroprompt.cli.config import config_dir
-from lightning_zeroprompt.cli.train import train
+from lightning_zeroprompt.cli.train import run_ranks, train
 from lightning_zeroprompt.data.evaluation import EvaluationSettings
 from lightning_zeroprompt.data.mixture import MixtureSettings
 from lightning_zeroprompt.data.sources.parquet import COLUMNS
 from lightning_zeroprompt.models import OptimizerSettings
+from lightning_zeroprompt.strategies import ZeroPPStrategy
 
 CONF = config_dir()
 FEW = (
@@ -120,13 +121,19 @@ def test_evaluations(name, program_name):
     assert evaluation_settings(config, on_gpu=False, during_fit=True).examples_per_task == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("auto", SingleDeviceStrategy), ("ddp", DDPStrategy), ("fsdp2", ModelParallelStrategy)]
-)
+STRATEGIES = {
+    "auto": SingleDeviceStrategy,
+    "ddp": DDPStrategy,
+    "fsdp2": ModelParallelStrategy,
+    "zeropp": ZeroPPStrategy,
+    "zeropp_small": ZeroPPStrategy,
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), STRATEGIES.items())
 @pytest.mark.parametrize("trainer", files("trainer"))
 def test_strategies_and_trainers(name, kind, trainer, tmp_path):
-    assert name in files("strategy")
-    assert len(files("strategy")) == 3
+    assert set(files("strategy")) == set(STRATEGIES)
     given = (f"strategy={name}", f"trainer={trainer}", "trainer.accelerator=cpu", "callbacks=none", "logger=none")
     built = build_trainer(composed("train", *given, f"paths.output_dir={tmp_path}"))
     assert isinstance(built.strategy, kind)
@@ -228,8 +235,9 @@ def check_run(folder, num_tasks, steps=3):
 @pytest.mark.slow
 def test_experiment_demo_runs(tmp_path, compiled_dir):
     paths = (f"paths.output_dir={tmp_path}", f"paths.compiled_dir={compiled_dir}")
-    train(composed("train", "experiment=demo", *FEW, *BUILTIN, *paths, "eval.levels=[category]"))
+    assert run_ranks(composed("train", "experiment=demo", *FEW, *BUILTIN, *paths, "eval.levels=[category]")) == 0
     found = check_run(tmp_path, 1000)
+    assert (found["strategy"], found["world_size"]) == ("ZeroPPStrategy", 2)
     assert found["model"]["size"] == "nano"
     assert any(macro["shuffled"] for macro in found["macro"])
 
