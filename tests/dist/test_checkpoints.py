@@ -256,7 +256,10 @@ def test_a_run_continues_on_any_layout(run_ranks, uninterrupted, tmp_path):
         converted = fit("auto", 6, e.format(kind), None, kind, KINDS[kind])
         check_restored([converted], legs[1][kind])
         torch.testing.assert_close(converted["losses"], uninterrupted[kind]["losses"][4:6], atol=1e-6, rtol=0)
-    ranks = run_ranks(chain, 2, [(LAYOUTS["P2xD1"], 10, d, str(tmp_path / "f-{}.ckpt"))], timeout=300)
+    last = [(LAYOUTS[name], 10, d, str(tmp_path / f"{name}-{{}}.ckpt")) for name in ("P2xD1", "P1xD2")]
+    ranks = run_ranks(chain, 2, last, timeout=300)
+    for kind in KINDS:
+        check_restored([result[1][kind] for result in ranks], legs[-1][kind])
     legs.append({kind: [result[0][kind] for result in ranks] for kind in KINDS})
     for kind, tolerance in {"adamw": 1e-12, "sgd": 1e-6}.items():
         for number, leg in enumerate(legs):
