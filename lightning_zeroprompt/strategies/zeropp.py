@@ -37,8 +37,8 @@ from lightning_zeroprompt.pipeline.chain import find_chain
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
-from lightning_zeroprompt.strategies.averages import cut_averages
 from lightning_zeroprompt.strategies.broadcast import broadcast_nested
+from lightning_zeroprompt.strategies.callbacks import cut_averages, refuse_callbacks
 from lightning_zeroprompt.strategies.norms import whole_grad_norms
 from lightning_zeroprompt.strategies.optimizers import OwnedOptimizers
 from lightning_zeroprompt.strategies.steps import PipelineSteps
@@ -252,6 +252,8 @@ class ZeroPPStrategy(ModelParallelStrategy):
                 f"{type(module).__name__} optimises manually; zeropp runs forward and backward passes of a step "
                 "together. Use automatic optimization"
             )
+        if fitting:
+            refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         if self._pipeline is None or self._pipeline.chain.root is not module:
             self._cut(module)
             self._runner = PipelineSteps(module, self.pipeline, self.precision_plugin, self._seed)
@@ -367,12 +369,15 @@ class ZeroPPStrategy(ModelParallelStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         owned = OwnedOptimizers(self.pipeline)
         with owned.placeholders():
-            super().setup_optimizers(trainer)
-        if len(self.optimizers) > 1:
-            raise ValueError(
-                f"configure_optimizers returned {len(self.optimizers)} optimizers; zeropp runs one. Use one optimizer "
-                "with parameter groups"
-            )
+            try:
+                super().setup_optimizers(trainer)
+            except RuntimeError as error:
+                if "multiple optimizers" not in str(error):
+                    raise
+                # Lightning's advice is manual optimization.
+                raise ValueError(
+                    "configure_optimizers returned several optimizers; zeropp runs one. Use one with parameter groups"
+                ) from error
         for optimizer in self.optimizers:
             owned.keep_owned(optimizer)
         self._owned_optimizers = owned
