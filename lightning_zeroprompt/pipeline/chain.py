@@ -370,10 +370,12 @@ class Chain:
             over = reached[0] == len(self.blocks)
             if (self._behind and over) or (self._before and not over):
                 name = next((n for n, part in self.root.named_modules() if part is module), type(module).__name__)
+                side, way = ("behind", "after") if over else ("before", "before")
                 raise ValueError(
-                    f"module {name!r} runs {'behind' if over else 'before'} {self.name} but is registered on the other "
-                    f"side of them, where its parameters were placed. Register it "
-                    f"{'after' if over else 'before'} the blocks, or make it a block with configure_pipeline()"
+                    f"module {name!r} runs {side} {self.name} but is registered on the other side of them, where its "
+                    f"parameters were placed. Register it {way} the blocks, or make it a block with "
+                    "configure_pipeline()"
+                    + (". If the model is called a second time in a step: Join the calls into one" if over else "")
                 )
             device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
             # Copies of tied parameters may be real, or sharded, on this rank.
