@@ -366,11 +366,13 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
         trainer: Of the run, not started yet.
 
     Raises:
-        ValueError: The rows of a batch cannot be divided by the ranks, or there is no checkpoint to resume from.
+        ValueError: The rows of a batch cannot be divided by the ranks or into micro-batches, or there is no checkpoint
+            to resume from.
     """
     strategy = config.strategy.strategy
     if isinstance(trainer.strategy, ZeroPPStrategy):
         check_replicas(config.data.rows_per_batch, 0, trainer.strategy.data_parallel_size)
+        trainer.strategy.check_rows(config.data.rows_per_batch // trainer.strategy.data_parallel_size)
     else:
         tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
         if isinstance(tensor_parallel, int):
