@@ -351,7 +351,7 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
 
     Raises:
         ValueError: A run without a step or with cut evaluations, a validation interval longer than the run, or rows of
-            a batch that cannot be divided by the ranks.
+            a batch that cannot be divided by the ranks or into micro-batches.
     """
     steps, accumulated, interval = (
         config.trainer[name] for name in ("max_steps", "accumulate_grad_batches", "val_check_interval")
@@ -376,6 +376,7 @@ def check_run(config: DictConfig, trainer: pl.Trainer) -> None:
     strategy = config.strategy.strategy
     if isinstance(trainer.strategy, ZeroPPStrategy):
         check_replicas(config.data.rows_per_batch, 0, trainer.strategy.data_parallel_size)
+        trainer.strategy.check_rows(config.data.rows_per_batch // trainer.strategy.data_parallel_size)
     else:
         tensor_parallel = 1 if isinstance(strategy, str) else strategy.get("tensor_parallel_size", 1)
         if isinstance(tensor_parallel, int):

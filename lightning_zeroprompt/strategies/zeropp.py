@@ -487,12 +487,24 @@ class ZeroPPStrategy(ModelParallelStrategy):
             if self._first_count is None:
                 self._first_count = choose_micro_batches(rows, self.groups.layout.pipeline)
             return min(self._first_count, rows)
-        if wanted > rows:
+        self.check_rows(rows)
+        return wanted
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse batches that cannot be cut into the micro-batches that were asked for.
+
+        Args:
+            rows: Of a data-parallel rank's batch.
+
+        Raises:
+            ValueError: If there are fewer than micro-batches.
+        """
+        wanted = self._num_microbatches
+        if wanted != "auto" and wanted > rows:
             raise ValueError(
                 f"num_microbatches={wanted}, but the batch has {rows} rows and every micro-batch needs one: lower it, "
                 "use larger batches, or drop_last=True if this is the last batch of an epoch"
             )
-        return wanted
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -299,6 +299,8 @@ def refused(capsys, story):
         (["data.source=csv"], "unknown source 'csv'"),
         (["data.rows_per_batch=3", "strategy=ddp", "trainer.devices=2"], "3 / 2 = 1.50 rows a rank"),
         (["strategy=fsdp2", "trainer.devices=auto"], "trainer.devices=auto: sharding needs to know the number"),
+        (["strategy=zeropp", "trainer.devices=2", "strategy.strategy.num_microbatches=5"], "num_microbatches=5, but"),
+        (["strategy=zeropp", "trainer.devices=2", "strategy.strategy.data_parallel_size=3"], "4 / 3 = 1.33 rows a"),
         (["model.size=gigantic"], "unknown T5 size 'gigantic'; known sizes: nano"),
         (["+model.overrides.d_modle=3"], "unknown T5Config fields ['d_modle']"),
         (["optimizer.name=sgd"], "optimizer name 'sgd' is unknown; use 'adamw' or 'adafactor'"),
