@@ -226,7 +226,11 @@ class _Stage(StageBase):
 
     def _wait(self, kind: Kind, micro_batch: int) -> None:
         for work in self._works.pop((kind, micro_batch), ()):
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                error.add_note("(the rank at the other end has failed, or waits for something else: see what it says)")
+                raise
 
     @staticmethod
     def _drop_sent(entry: tuple[list[dist.Work], list[Tensor]]) -> None:
