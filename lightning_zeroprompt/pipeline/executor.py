@@ -241,10 +241,15 @@ class _Stage(StageBase):
 
     def _wait(self, kind: Kind, micro_batch: int) -> None:
         works = self._works.pop((kind, micro_batch), ())
-        if works:
-            with self._waiting(Cause.RECEIVE):
+        if not works:
+            return
+        with self._waiting(Cause.RECEIVE):
+            try:
                 for work in works:
                     work.wait()
+            except RuntimeError as error:
+                error.add_note("(the rank at the other end has failed, or waits for something else: see what it says)")
+                raise
 
     @staticmethod
     def _drop_sent(entry: tuple[list[dist.Work], list[Tensor]]) -> None:

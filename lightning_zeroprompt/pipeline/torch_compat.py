@@ -16,6 +16,7 @@ Works on torch 2.11 and 2.13. What each part is for:
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,12 @@ _TYPES = {
     Kind.RECV_B: _ComputationType.RECV_B,
 }
 
+_TORCH_LOG = logging.getLogger("torch.distributed.pipelining.schedules")
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False
+
 
 def to_actions(tasks: Sequence[Task]) -> list[_Action]:
     """Our tasks as torch's actions."""
@@ -113,10 +120,13 @@ class RuntimeBase(_PipelineScheduleRuntime):
             stage.chunks = count
             stage.clear_runtime_states()
         keywords = [{"micro_batch": index} for index in range(count)]
+        # On any error torch logs the whole schedule, page after page, in front of the error.
+        _TORCH_LOG.addFilter(_drop)
         try:
             self._step_microbatches([()] * count, keywords, return_outputs=False)
             ends, self._ends = self._ends, {}
         finally:
+            _TORCH_LOG.removeFilter(_drop)
             for stage in self._by_index.values():
                 stage.clear_runtime_states()
             self._ends = {}
@@ -193,6 +203,17 @@ class StageBase(PipelineStage):
         if hasattr(self, "_stage_meta"):
             self._stage_meta.inputs = _Everything()
             self._runtime_validate = False
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward pass; errors are those of the code that runs, which torch wraps in one of its own."""
+        try:
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        except RuntimeError as wrapped:
+            if wrapped.__cause__ is None:
+                raise
+            error = wrapped.__cause__
+        error.add_note(f"(in the forward pass of micro-batch {fwd_chunk_id} through stage {self.stage_index})")
+        raise error
 
     def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
         """Nothing (torch 2.11 compares with the metadata that is not exchanged)."""

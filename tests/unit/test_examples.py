@@ -10,11 +10,19 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FAST = {"own_tasks.py": ["--steps", "5"]}
+FAST = {
+    "drop_in.py": ["--steps", "4"],
+    "hf_causal.py": ["--steps", "2"],
+    "own_tasks.py": ["--steps", "5"],
+}
 PRINTS = {
+    # float32 on both sides; the order of sums differs
+    "drop_in.py": r"(step \d: loss (\d\.\d{3})\d on one process, \2\d on a pipeline of two\n){4}"
+    r"largest difference: \de-0[5-9]\n",
+    "hf_causal.py": r"^loss of the first step 3\.\d{3}, of the last \d\.\d{3}\n$",
     "own_tasks.py": r"before training: 'sort' [01]\.\d\d of 60 right \(chance 0\.33\)\n"
     r"after training: 'sort' [01]\.\d\d of 60 right .*\n"
-    r"Give the kind: a heavy old owl -> "
+    r"Give the kind: a heavy old owl -> ",
 }
 
 
