@@ -152,6 +152,7 @@ class Chain:
                 )
         self._compared = False
         self._absent: list[nn.Module] = []
+        self._released: list[nn.Module] = []
         self._place = "the first and the last stage"
         self._before = self._behind = True
         replaced = self.blocks if target is None else [] if target is root else [target]
@@ -166,7 +167,7 @@ class Chain:
     @property
     def has_stand_ins(self) -> bool:
         """Whether this rank runs user code without some of the modules in it."""
-        return bool(self._absent)
+        return bool(self._absent or self._released)
 
     # -- modules outside the blocks -------------------------------------------------------------------------------
 
@@ -203,15 +204,20 @@ class Chain:
         visit(self.root)
         return before, behind, loose
 
-    def leave_out(self, modules: Sequence[nn.Module], *, before: bool, behind: bool) -> None:
+    def leave_out(
+        self, modules: Sequence[nn.Module], *, before: bool, behind: bool, released: Sequence[nn.Module] = ()
+    ) -> None:
         """Say which outside modules this rank lacks.
 
         Args:
             modules: They are replaced by stand-ins while user code runs; their parameters are on the meta device.
             before: Whether this rank holds the first stage, so that a stand-in before the blocks is an error.
             behind: Whether it holds the last one.
+            released: Modules before the blocks whose weights are here, but not gathered when the last stage has run;
+                ``replay`` replaces them too.
         """
         self._absent, self._before, self._behind = list(modules), before, behind
+        self._released = list(released)
 
     # -- user code ------------------------------------------------------------------------------------------------
 
@@ -314,7 +320,9 @@ class Chain:
 
         try:
             for module in self._absent:
-                swap(module, self._stand_in_for_absent(module, reached))
+                swap(module, self._stand_in_for_absent(module, reached, before=self._before, behind=self._behind))
+            for module in self._released if output is not None else ():
+                swap(module, self._stand_in_for_absent(module, reached, before=False, behind=True))
             if self.target is None:
                 for index, block in enumerate(self.blocks):
                     swap(block, block_call(index))
@@ -365,10 +373,12 @@ class Chain:
                     "other stages. Return (target, blocks) from configure_pipeline() with blocks that pass it on"
                 )
 
-    def _stand_in_for_absent(self, module: nn.Module, reached: list[int]) -> Callable[..., Any]:
+    def _stand_in_for_absent(
+        self, module: nn.Module, reached: list[int], *, before: bool, behind: bool
+    ) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             over = reached[0] == len(self.blocks)
-            if (self._behind and over) or (self._before and not over):
+            if (behind and over) or (before and not over):
                 name = next((n for n, part in self.root.named_modules() if part is module), type(module).__name__)
                 side, way = ("behind", "after") if over else ("before", "before")
                 raise ValueError(

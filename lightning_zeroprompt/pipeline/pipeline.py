@@ -114,9 +114,10 @@ class Pipeline:
         elsewhere = [
             module for stage, modules in enumerate(self._ownership.modules) if stage not in mine for module in modules
         ]
-        chain.leave_out(elsewhere, before=0 in mine, behind=placement.stages - 1 in mine)
         whole = {name for name in self._owners if self._ownership.is_whole(name, placement)}
         self.sharded = groups.layout.data > 1 or precision is not None or cpu_offload
+        released = self._ownership.modules[0] if self.sharded and 0 in mine and placement.stages > 1 else ()
+        chain.leave_out(elsewhere, before=0 in mine, behind=placement.stages - 1 in mine, released=released)
         # Copies are summed over all their ranks; shards over those with the same part.
         self._sums = {
             name: (ranks, name in whole or not self.sharded)

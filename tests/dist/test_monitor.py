@@ -33,13 +33,14 @@ class Residual(nn.Module):
 
 
 class Module(pl.LightningModule):
-    def __init__(self):
+    def __init__(self, tied=True):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.Sequential(*(Residual() for _ in range(4)))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.head.weight = self.embedding.weight
+        if tied:
+            self.head.weight = self.embedding.weight
 
     def training_step(self, batch, batch_idx):
         inputs, labels = batch
@@ -60,13 +61,13 @@ class Log(DummyLogger):
             self.found[step] = found
 
 
-def fit(folder, settings, strategy, steps=6):
+def fit(folder, settings, strategy, steps=6, accelerator="cpu"):
     """Scalars by step, and the tasks of the last recorded timeline."""
     words = torch.randint(VOCABULARY, (ROWS * steps, LENGTH), generator=torch.Generator().manual_seed(1))
     log, monitor = Log(), PipelineMonitor(**settings)
     trainer = pl.Trainer(
         strategy=ZeroPPStrategy(**strategy) if isinstance(strategy, dict) else strategy,
-        accelerator="cpu",
+        accelerator=accelerator,
         devices="auto" if strategy == "auto" else 2,
         max_steps=steps,
         logger=log,
@@ -87,7 +88,7 @@ def fit(folder, settings, strategy, steps=6):
         here = sum(part.numel() * part.element_size() for part in held)
         assert pipeline.state_bytes(pipeline.groups.pipeline_rank)[0] == pytest.approx(here, rel=0.1)
     weight = module.blocks[0].up.weight
-    return log.found, monitor.recorded, None if weight.is_meta else weight.detach()
+    return log.found, monitor.recorded, None if weight.is_meta else weight.detach().cpu()
 
 
 def weights_of(folder, settings, strategy):
