@@ -16,7 +16,8 @@ device: hooks that drop or rename entries see all names. Optimizer state is keye
 pipeline rank is the *writer*; copies of tied parameters are written once and read by all that hold them.
 
 Rooms: ``files`` (temporary places, reading without pickles), ``state`` (parts and wholes), ``optimizer`` (names and
-numbers), ``folder`` and ``file`` (the two forms), ``consolidate``.
+numbers), ``folder`` and ``single`` (the two forms), ``trainer`` (what the strategy
+calls), ``consolidate``.
 """
 
 from lightning_zeroprompt.strategies.checkpoint.consolidate import consolidate_checkpoint
