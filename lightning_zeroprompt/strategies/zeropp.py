@@ -424,8 +424,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
                     raise
                 # Lightning's advice is manual optimization.
                 raise ValueError(
-                    "configure_optimizers returned several optimizers; zeropp runs one. Use one optimizer with "
-                    "parameter groups"
+                    "configure_optimizers returned several optimizers; zeropp runs one. Use one with parameter groups"
                 ) from error
         for optimizer in self.optimizers:
             owned.keep_owned(optimizer)
