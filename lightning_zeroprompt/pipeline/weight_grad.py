@@ -153,7 +153,9 @@ class _Linear(torch.autograd.Function):
         # Not through save_for_backward: a checkpoint would hand back an alias of the parameter, whose gradient nobody
         # sees.
         ctx.weight, ctx.bias, ctx.store = weight, bias, store
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if weight.dtype != x.dtype:
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -162,8 +164,10 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         x, dy = x.detach(), grad_output.detach()
         ctx.store._pending.append(_Pending(x, dy, ctx.weight, ctx.bias, (x._version, dy._version)))
-        dx = dy @ ctx.weight.detach().to(dy.dtype) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        weight = ctx.weight.detach()
+        return dy @ (weight if weight.dtype == dy.dtype else weight.to(dy.dtype)), None, None, None
 
 
 class DeferredLinear(nn.Linear):
