@@ -119,17 +119,16 @@ class Chain:
         self._takes_inputs = [
             target is not None and "inputs" in inspect.signature(block.forward).parameters for block in self.blocks
         ]
-        for module in root.modules():
-            if is_compiled(module) and any(
-                part is self.blocks[0] for child in module.children() for part in child.modules()
-            ):
+        for name, module in root.named_modules():
+            inside = (part for child in module.children() for part in child.modules())
+            if is_compiled(module) and any(part is self.blocks[0] for part in inside):
                 raise ValueError(
-                    f"{type(module).__name__} is compiled as a whole, so it cannot be cut into stages: compile its "
-                    "blocks instead (for block in model.layers: block.compile())"
+                    f"{name!r} is compiled as a whole, so it cannot be cut into stages: compile its blocks instead "
+                    "(for block in model.layers: block.compile())"
                 )
         self._compared = False
         self._absent: list[nn.Module] = []
-        self._place = "the first and the last stage"
+        self._absent_names: dict[int, str] = {}
         self._before = self._behind = True
         replaced = self.blocks if target is None else [] if target is root else [target]
         self._places = {id(module): _places(root, module) for module in replaced}
@@ -189,6 +188,8 @@ class Chain:
             behind: Whether it holds the last one.
         """
         self._absent, self._before, self._behind = list(modules), before, behind
+        absent = {id(module) for module in modules}
+        self._absent_names = {id(part): name for name, part in self.root.named_modules() if id(part) in absent}
 
     # -- user code ------------------------------------------------------------------------------------------------
 
@@ -344,11 +345,11 @@ class Chain:
         def call(*args: Any, **kwargs: Any) -> Any:
             over = reached[0] == len(self.blocks)
             if (self._behind and over) or (self._before and not over):
-                name = next((n for n, part in self.root.named_modules() if part is module), type(module).__name__)
+                runs, other = ("behind", "after") if over else ("before", "before")
                 raise ValueError(
-                    f"module {name!r} runs {'behind' if over else 'before'} {self.name} but is registered on the other "
-                    f"side of them, where its parameters were placed. Register it "
-                    f"{'after' if over else 'before'} the blocks, or make it a block with configure_pipeline()"
+                    f"module {self._absent_names[id(module)]!r} runs {runs} {self.name} but is registered on the other "
+                    f"side of them, where its parameters were placed. Register it {other} the blocks, or make it a "
+                    "block with configure_pipeline()"
                 )
             device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
             # Copies of tied parameters may be real, or sharded, on this rank.
