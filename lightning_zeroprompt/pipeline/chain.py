@@ -142,18 +142,17 @@ class Chain:
             [target is not None and name in inspect.signature(block.forward).parameters for block in self.blocks]
             for name in ("inputs", "memo")
         )
-        for module in root.modules():
-            if is_compiled(module) and any(
-                part is self.blocks[0] for child in module.children() for part in child.modules()
-            ):
+        for name, module in root.named_modules():
+            inside = (part for child in module.children() for part in child.modules())
+            if is_compiled(module) and any(part is self.blocks[0] for part in inside):
                 raise ValueError(
-                    f"{type(module).__name__} is compiled as a whole, so it cannot be cut into stages: compile its "
-                    "blocks instead (for block in model.layers: block.compile())"
+                    f"{name!r} is compiled as a whole, so it cannot be cut into stages: compile its blocks instead "
+                    "(for block in model.layers: block.compile())"
                 )
         self._compared = False
         self._absent: list[nn.Module] = []
         self._released: list[nn.Module] = []
-        self._place = "the first and the last stage"
+        self._absent_names: dict[int, str] = {}
         self._before = self._behind = True
         replaced = self.blocks if target is None else [] if target is root else [target]
         self._places = {id(module): _places(root, module) for module in replaced}
@@ -218,6 +217,8 @@ class Chain:
         """
         self._absent, self._before, self._behind = list(modules), before, behind
         self._released = list(released)
+        known = {id(module) for module in (*modules, *released)}
+        self._absent_names = {id(part): name for name, part in self.root.named_modules() if id(part) in known}
 
     # -- user code ------------------------------------------------------------------------------------------------
 
@@ -379,10 +380,9 @@ class Chain:
         def call(*args: Any, **kwargs: Any) -> Any:
             over = reached[0] == len(self.blocks)
             if (behind and over) or (before and not over):
-                name = next((n for n, part in self.root.named_modules() if part is module), type(module).__name__)
                 side, way = ("behind", "after") if over else ("before", "before")
                 raise ValueError(
-                    f"module {name!r} runs {side} {self.name} but is registered on the other side of them, where its "
+                    f"module {self._absent_names[id(module)]!r} runs {side} {self.name} but is registered on the other side of them, where its "
                     f"parameters were placed. Register it {way} the blocks, or make it a block with "
                     "configure_pipeline()"
                     + (". If the model is called a second time in a step: Join the calls into one" if over else "")

@@ -63,7 +63,7 @@ class PipelineSteps:
         self._parameters = list(module.parameters())
         self._frozen: tuple[bool, ...] = ()
         self.in_user_code = False
-        self._batches_compared = self._loss_checked = False
+        self._loaders_compared = self._loss_checked = False
 
     def train(
         self, schedule: Schedule, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, step: int, scale: float
@@ -88,7 +88,7 @@ class PipelineSteps:
         rows = batch_rows(batch)
         sizes = split_sizes(rows, schedule.micro_batches)
         parts = split_batch(batch, sizes)
-        self._compare_batches(parts)
+        self._compare_loaders(len(parts))
         weights, factors = self._weigh(parts)
         losses: list[Tensor] = []
         results: list[Any] = []
@@ -216,20 +216,20 @@ class PipelineSteps:
             total = total / groups.layout.data
         return weights, [weight.double() / total for weight in weights]
 
-    def _compare_batches(self, parts: list[Any]) -> None:
-        """Once: the ranks of a pipeline have to be given the same batch."""
-        if self._batches_compared:
+    def _compare_loaders(self, micro_batches: int) -> None:
+        """Once: ranks that run another number of steps or micro-batches would be waited for."""
+        if self._loaders_compared:
             return
-        self._batches_compared = True
-        groups = self._pipeline.groups
-        everyone: list[Any] = [None] * groups.layout.pipeline
-        dist.all_gather_object(everyone, [signature(part) for part in parts], group=groups.control)
+        self._loaders_compared = True
+        everyone: list[Any] = [None] * dist.get_world_size()
+        own = {"batches an epoch": self._module.trainer.num_training_batches, "micro-batches": micro_batches}
+        dist.all_gather_object(everyone, own)
         for rank, theirs in enumerate(everyone):
             if theirs != everyone[0]:
                 raise RuntimeError(
-                    f"pipeline rank {rank} was given micro-batches of {theirs}, rank 0 of {everyone[0]}: the ranks "
-                    "of a pipeline work on one batch. Use Lightning's own distributed sampler, or shard by "
-                    "trainer.strategy.distributed_sampler_kwargs instead of the global rank"
+                    f"rank {rank} has {theirs}, rank 0 has {everyone[0]}: all ranks run the same steps together. Give "
+                    "every rank's loader as many batches of as many rows (drop_last=True), or leave sampling to "
+                    "Lightning"
                 )
 
     def _check_loss(self, losses: list[Tensor]) -> None:

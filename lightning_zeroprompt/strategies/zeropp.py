@@ -30,14 +30,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_zeroprompt.pipeline.batch import batch_rows, choose_micro_batches
 from lightning_zeroprompt.pipeline.catalogue import SCHEDULES, build_schedule
-from lightning_zeroprompt.pipeline.chain import find_chain
+from lightning_zeroprompt.pipeline.chain import Chain, find_chain
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
@@ -55,6 +55,8 @@ from lightning_zeroprompt.strategies.whole import WholeEvaluation, WholeModel
 __all__ = ["ZeroPPStrategy"]
 
 Size = int | Literal["auto"]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ZeroPPStrategy(ModelParallelStrategy):
@@ -352,10 +354,12 @@ class ZeroPPStrategy(ModelParallelStrategy):
         self.precision_plugin.convert_module(module)
         chain = find_chain(module)
         chain.checkpoint_blocks = self._activation_checkpointing
+        self._warn_of_batch_norm(chain)
         ranks = self.groups.layout.pipeline
         per_rank = self._stages_per_rank
         if per_rank == "auto":
-            per_rank = 1 if self._schedule_name in ("1f1b", "zb_h1") or len(chain) < 2 * ranks else 2
+            few = len(chain) < 2 * ranks and self._schedule_name != "zbv"
+            per_rank = 1 if few or self._schedule_name in ("1f1b", "zb_h1") else 2
         vshape = self._schedule_name == "zbv" if self._vshape is None else self._vshape
         # All that can be wrong with the schedule is known now, whatever the batches will be.
         count = 4 * ranks if self._num_microbatches == "auto" else self._num_microbatches
@@ -374,6 +378,14 @@ class ZeroPPStrategy(ModelParallelStrategy):
         )
         object.__setattr__(module, "_zeropp_pipeline", self._pipeline)
         _say(describe_cut(self._pipeline))
+
+    def _warn_of_batch_norm(self, chain: Chain) -> None:
+        names = [name for name, part in chain.root.named_modules() if isinstance(part, _BATCH_NORMS)]
+        if names and self._num_microbatches != 1:
+            rank_zero_warn(
+                f"{', '.join(names)}: BatchNorm takes its statistics from a micro-batch, not from the whole batch; "
+                "use GroupNorm or LayerNorm, or num_microbatches=1"
+            )
 
     def _adopt(self, pipeline: Pipeline) -> None:
         """Take over a model that another Trainer of this process has cut."""
@@ -485,6 +497,11 @@ class ZeroPPStrategy(ModelParallelStrategy):
         if wanted == "auto":
             if self._first_count is None:
                 self._first_count = choose_micro_batches(rows, self.groups.layout.pipeline)
+                if self._unit != "auto" and self._unit > self._first_count:
+                    raise ValueError(
+                        f"unit={self._unit}, but the first batch of {rows} rows is split into {self._first_count} "
+                        "micro-batches and a unit has at most all of them: lower unit, or set num_microbatches"
+                    )
             return min(self._first_count, rows)
         self.check_rows(rows)
         return wanted

@@ -43,7 +43,14 @@ def decisions(strategy):
     saving = Remembers("nowhere", "{epoch}-{val_loss:.3f}-{train_loss_epoch:.3f}", monitor="val_loss", save_top_k=2)
     rates = LearningRateMonitor()
     module = Rates("adamw")
-    fitting = trainer(strategy, callbacks=[stopping, saving, rates], logger=DummyLogger(), max_epochs=12, min_epochs=2, enable_checkpointing=True)
+    fitting = trainer(
+        strategy,
+        callbacks=[stopping, saving, rates],
+        logger=DummyLogger(),
+        max_epochs=12,
+        min_epochs=2,
+        enable_checkpointing=True,
+    )
     fitting.fit(module, loader(strategy), loader(strategy, rows=16))
     return {
         "epochs": fitting.current_epoch,
@@ -185,7 +192,9 @@ def norm_of_the_pipeline():
         def on_before_optimizer_step(self, optimizer):
             pipeline = self.trainer.strategy.pipeline
             total = grad_norm(self, 2)["grad_2.0_norm_total"]
-            found.append((pipeline.grad_norm().item(), total.item(), pipeline.grad_norms()["net.layers.0.up.bias"].item()))
+            found.append(
+                (pipeline.grad_norm().item(), total.item(), pipeline.grad_norms()["net.layers.0.up.bias"].item())
+            )
 
     trainer(TWO_STAGES, max_steps=2).fit(Asks(), loader(TWO_STAGES))
     return found

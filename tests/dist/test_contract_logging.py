@@ -174,7 +174,12 @@ class Returns(LM):
     def training_step(self, batch, index):
         logits = self.net(batch[0])
         loss = F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
-        return {"loss": loss, "logits": logits.detach(), "norm": logits.detach().mean(), "correct": logits.argmax(-1) > 4}
+        return {
+            "loss": loss,
+            "logits": logits.detach(),
+            "norm": logits.detach().mean(),
+            "correct": logits.argmax(-1) > 4,
+        }
 
 
 def logs(strategy):

@@ -58,7 +58,12 @@ class NoTensors(LM):
 SHARDED = {"pipeline_parallel_size": 1, "data_parallel_size": 2}
 REFUSED = {
     "manual": (Manual, {}, {}, "Manual optimises manually.*Use automatic optimization"),
-    "two optimizers": (TwoOptimizers, {}, {}, "returned several optimizers; zeropp runs one. Use one with parameter groups"),
+    "two optimizers": (
+        TwoOptimizers,
+        {},
+        {},
+        "returned several optimizers; zeropp runs one. Use one with parameter groups",
+    ),
     "lbfgs": (SecondOrder, {}, {}, "LBFGS needs the gradients of all stages"),
     "adafactor": (Adafactor, SHARDED, {}, "Adafactor cannot work on sharded parameters, which data_parallel_size > 1"),
     "foreign parameter": (Elsewhere, {}, {}, r"parameter of shape \(3,\) that is not one of the module's"),
@@ -68,7 +73,12 @@ REFUSED = {
     "more micro-batches than rows": (LM, {"num_microbatches": 9}, {}, "num_microbatches=9, but the batch has 8 rows"),
     "rows that differ": (Ragged, {}, {}, r"batch\[1\] has 3 rows, batch\[0\] has 8"),
     "no tensors": (NoTensors, {}, {}, "a batch of type list holds no tensor"),
-    "sizes": (LM, {"pipeline_parallel_size": 3}, {}, "3 pipeline ranks x 1 data-parallel ranks = 3, but 2 processes run"),
+    "sizes": (
+        LM,
+        {"pipeline_parallel_size": 3},
+        {},
+        "3 pipeline ranks x 1 data-parallel ranks = 3, but 2 processes run",
+    ),
 }
 
 

@@ -87,7 +87,9 @@ class SeveralLoaders(LM):
 
 
 def loaders(strategy):
-    return traced(strategy, module=SeveralLoaders(), loaders=[loader(strategy, rows=16), loader(strategy, rows=7, seed=5)])
+    return traced(
+        strategy, module=SeveralLoaders(), loaders=[loader(strategy, rows=16), loader(strategy, rows=7, seed=5)]
+    )
 
 
 def overfit(strategy):

@@ -38,7 +38,8 @@ class Module(pl.LightningModule):
     def training_step(self, batch, index):
         if self.parts == 1:
             return self.loss(batch)
-        split = [dict(zip(batch, part, strict=True)) for part in zip(*(v.chunk(self.parts) for v in batch.values()))]
+        chunks = {key: value.chunk(self.parts) for key, value in batch.items()}
+        split = [{key: values[part] for key, values in chunks.items()} for part in range(self.parts)]
         weights = torch.stack([self.loss_weight(part).double() for part in split])
         losses = torch.stack([self.loss(part).double() for part in split])
         return (losses * weights).sum() / weights.sum()
@@ -216,7 +217,7 @@ class Scaled(nn.Module):
         self.inner = Residual()
 
     def forward(self, x, skip, *, inputs):
-        args, kwargs = inputs
+        _, kwargs = inputs
         return self.inner(x) * kwargs["scale"] + skip, skip
 
 
@@ -322,7 +323,8 @@ def both(strategy, make, arguments, parts):
 
 def compare(results, tolerance=1e-9):
     together = set()
-    for (losses, first, expected), (found, _, held) in results:
+    (_, first, _), _ = results[0]
+    for (losses, _, expected), (found, _, held) in results:
         assert len(losses) == ROWS // BATCH
         assert found == pytest.approx(losses, abs=tolerance)
         for name, parameter in held.items():
@@ -337,7 +339,8 @@ def compare(results, tolerance=1e-9):
 # transformers has no sdpa for Gemma 2.
 @pytest.mark.parametrize(
     ("family", "attention", "tied"),
-    [("Gemma2", "eager", False)] + [(f, a, a == "eager") for f in OWN for a in ("sdpa", "eager") if (f, a) != ("Gemma2", "sdpa")],
+    [("Gemma2", "eager", False)]
+    + [(f, a, a == "eager") for f in OWN for a in ("sdpa", "eager") if (f, a) != ("Gemma2", "sdpa")],
 )
 def test_hugging_face_causal_model(family, attention, tied, run_ranks):
     compare(run_ranks(both, 2, {}, "causal", (family, attention, tied, False), PARTS))

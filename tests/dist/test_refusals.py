@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What zeropp refuses: before the first step, on every rank, with the arithmetic and the remedy."""
+
+import os
+import re
+import sys
+import types
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_zeroprompt.strategies import ZeroPPStrategy
+
+ROWS = 8
+
+
+class Module(pl.LightningModule):
+    def __init__(self, blocks=4, make=lambda: nn.Linear(4, 4)):
+        super().__init__()
+        self.net = nn.Sequential(*(make() for _ in range(blocks)))
+        self.taken = 0
+
+    def training_step(self, batch, index):
+        return self.net(batch).pow(2).mean()
+
+    def on_train_batch_end(self, outputs, batch, index):
+        self.taken += 1
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Manual(Module):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class TwoOptimizers(Module):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[:2], self.net[2:])]
+
+
+class Compiled(Module):
+    def __init__(self):
+        super().__init__()
+        self.model = torch.compile(nn.ModuleDict({"inner": self.net}))
+        del self.net
+
+
+class Differing(Module):
+    """Another width on one rank."""
+
+    def __init__(self):
+        super().__init__()
+        if os.environ["RANK"] == "1":
+            self.net[1] = nn.Linear(4, 4, bias=False)
+
+
+class Hyper(Module):
+    def __init__(self):
+        super().__init__()
+        self.save_hyperparameters({"lr": 0.1 * (1 + int(os.environ["RANK"]))})
+
+
+CASES = {
+    "world": (Module, {"pipeline_parallel_size": 3}, r"3 pipeline ranks x 1 data-parallel ranks = 3, but 2 processes"),
+    "world of D": (Module, {"data_parallel_size": 3}, r"2 processes cannot be divided among 3 data-parallel ranks"),
+    "replicas": (
+        Module,
+        {"pipeline_parallel_size": 1, "data_parallel_size": 2, "data_parallel_replicas": 3},
+        r"2 data-parallel ranks cannot hold 3 replicas: 3 does not divide 2",
+    ),
+    "blocks": (lambda: Module(3), {"stages_per_rank": 2}, r"3 blocks cannot fill 4 stages: .* use fewer ranks"),
+    "zbv": (Module, {"schedule": "zbv", "stages_per_rank": 1}, r"'zbv' has two stages a rank, not 1"),
+    "zbv of few blocks": (lambda: Module(3), {"schedule": "zbv"}, r"3 blocks cannot fill 4 stages"),
+    "micro-batches": (Module, {"num_microbatches": 9}, r"num_microbatches=9, but the batch has 8 rows .* lower it"),
+    "unit": (Module, {"unit": 9}, r"unit=9, but the first batch of 8 rows is split into 8 micro-batches"),
+    "manual": (Manual, {}, r"Manual optimises manually; .* Use automatic optimization"),
+    "optimizers": (TwoOptimizers, {}, r"several optimizers; zeropp runs one. Use one optimizer with parameter groups"),
+    "compiled": (Compiled, {}, r"'model' is compiled as a whole, .* compile its blocks instead"),
+    "model": (Differing, {}, r"rank 1 differs from rank 0 in parameters: .* same code with the same settings"),
+    "hyperparameters": (Hyper, {}, r"rank 1 differs from rank 0 in hparams"),
+    "hydra": (Module, {}, r"rank 1 differs from rank 0 in config: .* one resolved configuration"),
+    "loaders": (Module, {}, r"rank 1 has {'batches an epoch': 3, .*}, rank 0 has {'batches an epoch': 2"),
+}
+
+
+def hydra_job(overrides):
+    """What Hydra leaves in a process that runs a job."""
+    job = types.SimpleNamespace(overrides=types.SimpleNamespace(task=overrides))
+    config = types.SimpleNamespace(initialized=lambda: True, get=lambda: job)
+    sys.modules["hydra.core.hydra_config"] = types.SimpleNamespace(HydraConfig=config)
+    sys.modules["omegaconf"] = types.SimpleNamespace(OmegaConf=types.SimpleNamespace(to_container=list))
+
+
+def refuse(case):
+    """Type and message of what a rank raises, and the steps that it took."""
+    make, settings, _ = CASES[case]
+    rank, modules = int(os.environ["RANK"]), dict(sys.modules)
+    module = make()
+    try:
+        if case == "hydra":
+            hydra_job([f"lr={rank}"])
+        trainer = pl.Trainer(
+            strategy=ZeroPPStrategy(**settings),
+            devices=2,
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        rows = ROWS * (2 + rank if case == "loaders" else 2)
+        trainer.fit(module, DataLoader(torch.randn(rows, 4), ROWS))
+    except Exception as error:
+        return type(error).__name__, str(error), module.taken
+    finally:
+        sys.modules.clear()
+        sys.modules.update(modules)
+    return "", "no error", module.taken
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_on_every_rank_before_the_first_step(case, run_ranks):
+    for kind, message, taken in run_ranks(refuse, 2, case):
+        assert re.search(CASES[case][2], message, re.DOTALL), message
+        assert kind == ("RuntimeError" if "rank 1" in CASES[case][2] else "ValueError")
+        assert taken == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unit": 0}, r"unit=0: give a whole number of at least 1, or 'auto'"),
+        ({"num_microbatches": 4, "unit": 5}, r"unit=5 with num_microbatches=4: a unit has at most all of them"),
+        ({"num_microbatches": 0}, r"num_microbatches=0"),
+        ({"pipeline_parallel_size": 1.5}, r"pipeline_parallel_size=1.5"),
+        ({"schedule": "zerobubble"}, r"schedule 'zerobubble' is unknown; there are .*zeropp"),
+    ],
+)
+def test_settings_that_fit_nothing(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ZeroPPStrategy(**settings)
+
+
+def batch_norm():
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
+def warnings_of(micro_batches):
+    module = Module(2, batch_norm)
+    trainer = pl.Trainer(
+        strategy=ZeroPPStrategy(num_microbatches=micro_batches),
+        devices=2,
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, DataLoader(torch.randn(ROWS, 4), ROWS))
+    return [str(warning.message) for warning in caught if "BatchNorm" in str(warning.message)]
+
+
+def test_batch_norm_in_blocks_is_warned_of(run_ranks):
+    (message,) = run_ranks(warnings_of, 2, 4)[0]
+    assert "net.0.1, net.1.1: BatchNorm takes its statistics from a micro-batch" in message
+    assert run_ranks(warnings_of, 2, 1)[0] == []
+
+
+class Ours(Module):
+    """An error of the user's own behind the blocks, in the first step: on the last rank alone."""
+
+    def training_step(self, batch, index):
+        self.net(batch)
+        return {}["no such key"]
+
+
+class InBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        raise ZeroDivisionError("in a block")
+
+
+class WrongTarget(Module):
+    def training_step(self, batch, index):
+        return self.net(batch).pow(2).mean()
+
+    def configure_pipeline(self):
+        return self.net, list(self.net)[::-1]
+
+
+class Twice(Module):
+    def training_step(self, batch, index):
+        return (self.net(batch) - self.net(batch + 1)).pow(2).mean()
+
+
+FAULTY = {
+    "behind": (Ours, "KeyError: 'no such key'"),
+    "block": (lambda: Module(4, InBlock), "ZeroDivisionError: in a block\n(in the forward pass of micro-batch 0"),
+    "target": (WrongTarget, "they do not return what Sequential returns for the same input"),
+    "twice": (Twice, "ValueError: 'net': called more than once in a step"),
+}
+
+
+def fail(case):
+    trainer = pl.Trainer(
+        strategy="zeropp", devices=2, accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False
+    )
+    trainer.fit(FAULTY[case][0](), DataLoader(torch.randn(ROWS, 4), ROWS))
+
+
+@pytest.mark.parametrize("case", FAULTY)
+def test_errors_in_the_first_step_come_as_they_are(case, run_ranks, capfd):
+    # These ranks are ended with the first error of one of them, so each costs a start of two processes.
+    with pytest.raises(RuntimeError) as caught:
+        run_ranks(fail, 2, case)
+    text = str(caught.value)
+    assert FAULTY[case][1] in text, text
+    assert "failed to run forward" not in text
+    assert "Full Schedule" not in text + "".join(capfd.readouterr())
