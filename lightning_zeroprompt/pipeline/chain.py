@@ -382,9 +382,9 @@ class Chain:
             if (behind and over) or (before and not over):
                 side, way = ("behind", "after") if over else ("before", "before")
                 raise ValueError(
-                    f"module {self._absent_names[id(module)]!r} runs {side} {self.name} but is registered on the other side of them, where its "
-                    f"parameters were placed. Register it {way} the blocks, or make it a block with "
-                    "configure_pipeline()"
+                    f"module {self._absent_names[id(module)]!r} runs {side} {self.name} but is registered on the other "
+                    f"side of them, where its parameters were placed. Register it {way} the blocks, or make it a block "
+                    "with configure_pipeline()"
                     + (". If the model is called a second time in a step: Join the calls into one" if over else "")
                 )
             device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)

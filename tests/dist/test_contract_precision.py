@@ -75,10 +75,10 @@ def test_the_bare_name_in_float64(run_ranks):
 
 
 def test_float16_with_a_loss_scaler_is_refused():
-    with pytest.raises(ValueError, match="'16-mixed' scales the loss.*use 'bf16-mixed' or 'bf16-true'"):
+    with pytest.raises(ValueError, match=r"'16-mixed' scales the loss.*use 'bf16-mixed' or 'bf16-true'"):
         fsdp_precision(MixedPrecision("16-mixed", "cpu"))
     # Given an object, Lightning refuses it itself.
-    with pytest.raises(ValueError, match="does not support.*16-mixed.*Choose a different precision among"):
+    with pytest.raises(ValueError, match=r"does not support.*16-mixed.*Choose a different precision among"):
         Trainer(accelerator="cpu", devices=2, strategy=ZeroPPStrategy(), precision="16-mixed")
 
 

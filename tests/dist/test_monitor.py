@@ -151,7 +151,7 @@ def test_gathers_and_reductions(run_ranks, tmp_path):
     check(found[6])
     for lane in timeline.lanes:
         causes = Counter(str(span.cause) for span in lane.waits)
-        # K=1: stage 0, stage 1 (kept over the turn), stage 0 again; a reduction a stage, and the wait for it at the end.
+        # K=1: stage 0, stage 1 (kept over the turn), stage 0 again; a reduction a stage, and its wait at the end.
         assert causes == {"gather": 3, "reduce": 2 + 2 + 1}
     assert not list(tmp_path.iterdir())
 
@@ -169,7 +169,8 @@ def test_without_a_pipeline(tmp_path):
     assert found[6].keys() == {
         f"pipeline/{name}"
         for name in (
-            "seconds_per_step", "tokens_per_second", "samples_per_second", "tflops_per_device", "mfu", "peak_gib_rank_0",
+            "seconds_per_step", "tokens_per_second", "samples_per_second", "tflops_per_device", "mfu",
+            "peak_gib_rank_0",
         )
     }  # fmt: skip
     values = found[6]

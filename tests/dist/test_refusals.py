@@ -81,7 +81,7 @@ CASES = {
     "micro-batches": (Module, {"num_microbatches": 9}, r"num_microbatches=9, but the batch has 8 rows .* lower it"),
     "unit": (Module, {"unit": 9}, r"unit=9, but the first batch of 8 rows is split into 8 micro-batches"),
     "manual": (Manual, {}, r"Manual optimises manually; .* Use automatic optimization"),
-    "optimizers": (TwoOptimizers, {}, r"several optimizers; zeropp runs one. Use one optimizer with parameter groups"),
+    "optimizers": (TwoOptimizers, {}, r"several optimizers; zeropp runs one. Use one with parameter groups"),
     "compiled": (Compiled, {}, r"'model' is compiled as a whole, .* compile its blocks instead"),
     "model": (Differing, {}, r"rank 1 differs from rank 0 in parameters: .* same code with the same settings"),
     "hyperparameters": (Hyper, {}, r"rank 1 differs from rank 0 in hparams"),

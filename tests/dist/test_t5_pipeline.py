@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's T5 on a pipeline of gloo ranks against one process: training in float64, and evaluation of whole models.
+"""The project's T5 on a pipeline of gloo ranks against one process: training in float64, evaluation of whole models.
 
 An evaluation stands before the first step and behind each: it must leave weights and optimizer as they were.
 """
