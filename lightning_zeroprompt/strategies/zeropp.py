@@ -14,8 +14,6 @@ there yet; a loop of its own loses Lightning's accumulation, callbacks and profi
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
@@ -35,26 +33,25 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_zeroprompt.pipeline.batch import batch_rows, choose_micro_batches
-from lightning_zeroprompt.pipeline.catalogue import SCHEDULES, build_schedule
+from lightning_zeroprompt.pipeline.batch import batch_rows
 from lightning_zeroprompt.pipeline.chain import Chain, find_chain
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
-from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
+from lightning_zeroprompt.pipeline.schedule import Schedule
 from lightning_zeroprompt.strategies.announce import describe_cut, describe_schedule
 from lightning_zeroprompt.strategies.broadcast import broadcast_nested
 from lightning_zeroprompt.strategies.callbacks import cut_averages, refuse_callbacks
 from lightning_zeroprompt.strategies.checkpoint.optimizer import load_named_state, named_state, numbers_to_names
 from lightning_zeroprompt.strategies.checkpoint.trainer import load_checkpoint, load_module_state, save_checkpoint
+from lightning_zeroprompt.strategies.compare import compare_ranks
 from lightning_zeroprompt.strategies.norms import whole_grad_norms
 from lightning_zeroprompt.strategies.optimizers import OwnedOptimizers
+from lightning_zeroprompt.strategies.schedules import ScheduleSettings, Size, check_size
 from lightning_zeroprompt.strategies.steps import PipelineSteps
 from lightning_zeroprompt.strategies.support import fsdp_precision, hydra_config
 from lightning_zeroprompt.strategies.whole import WholeEvaluation, WholeModel
 
 __all__ = ["ZeroPPStrategy"]
-
-Size = int | Literal["auto"]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -125,27 +122,13 @@ class ZeroPPStrategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        sizes = {
-            "pipeline_parallel_size": pipeline_parallel_size,
-            "data_parallel_size": data_parallel_size,
-            "stages_per_rank": stages_per_rank,
-            "num_microbatches": num_microbatches,
-            "unit": unit,
-            "resident": resident,
-        }
-        for name, value in sizes.items():
-            if value != "auto" and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r}: give a whole number of at least 1, or 'auto'")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule {schedule!r} is unknown; there are {', '.join(SCHEDULES)}")
+        check_size("pipeline_parallel_size", pipeline_parallel_size)
+        check_size("data_parallel_size", data_parallel_size)
+        self._settings = ScheduleSettings(schedule, stages_per_rank, num_microbatches, unit, vshape, cap, resident)
         if evaluation not in ("auto", "pipeline", "whole"):
             raise ValueError(f"evaluation={evaluation!r}: use 'pipeline', 'whole' or 'auto'")
-        if isinstance(num_microbatches, int) and isinstance(unit, int) and unit > num_microbatches:
-            raise ValueError(f"unit={unit} with num_microbatches={num_microbatches}: a unit has at most all of them")
         self._pipeline_parallel_size, self._data_size = pipeline_parallel_size, data_parallel_size
         self._replicas = data_parallel_replicas
-        self._stages_per_rank, self._num_microbatches, self._unit = stages_per_rank, num_microbatches, unit
-        self._schedule_name, self._vshape, self._cap, self._resident = schedule, vshape, cap, resident
         self._activation_checkpointing, self._cpu_offload = activation_checkpointing, cpu_offload
         self._evaluation = evaluation
         self._whole: WholeModel | None = None
@@ -355,18 +338,20 @@ class ZeroPPStrategy(ModelParallelStrategy):
         chain = find_chain(module)
         chain.checkpoint_blocks = self._activation_checkpointing
         self._warn_of_batch_norm(chain)
-        ranks = self.groups.layout.pipeline
-        per_rank = self._stages_per_rank
-        if per_rank == "auto":
-            few = len(chain) < 2 * ranks and self._schedule_name != "zbv"
-            per_rank = 1 if few or self._schedule_name in ("1f1b", "zb_h1") else 2
-        vshape = self._schedule_name == "zbv" if self._vshape is None else self._vshape
-        # All that can be wrong with the schedule is known now, whatever the batches will be.
-        count = 4 * ranks if self._num_microbatches == "auto" else self._num_microbatches
-        self._build_schedule(Placement(ranks, per_rank, vshape), count)
-        placement = Placement(ranks, per_rank, vshape)
+        placement = self._settings.placement(self.groups.layout.pipeline, len(chain))
         cuts = cut_chain(chain, placement.stages)
-        self._compare_ranks(module, placement, cuts)
+        compare_ranks(
+            {
+                "module": f"{type(module).__module__}.{type(module).__qualname__}",
+                "parameters": [[name, list(p.shape), str(p.dtype)] for name, p in module.named_parameters()],
+                "placement": [placement.ranks, placement.stages_per_rank, placement.vshape],
+                "cuts": cuts,
+                "settings": str(self._settings),
+                "hparams": str(dict(module.hparams)),
+                "config": hydra_config(),
+                "torch": torch.__version__,
+            }
+        )
         self._pipeline = Pipeline(
             chain,
             placement,
@@ -381,7 +366,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
     def _warn_of_batch_norm(self, chain: Chain) -> None:
         names = [name for name, part in chain.root.named_modules() if isinstance(part, _BATCH_NORMS)]
-        if names and self._num_microbatches != 1:
+        if names and self._settings.num_microbatches != 1:
             rank_zero_warn(
                 f"{', '.join(names)}: BatchNorm takes its statistics from a micro-batch, not from the whole batch; "
                 "use GroupNorm or LayerNorm, or num_microbatches=1"
@@ -396,34 +381,6 @@ class ZeroPPStrategy(ModelParallelStrategy):
                 "make a new module and load a checkpoint into it"
             )
         self._groups, self._pipeline = pipeline.groups, pipeline
-
-    def _compare_ranks(self, module: pl.LightningModule, placement: Placement, cuts: Any) -> None:
-        """Refuse ranks with different models or settings, which would wait for each other for ever."""
-        described = {
-            "module": f"{type(module).__module__}.{type(module).__qualname__}",
-            "parameters": [[name, list(p.shape), str(p.dtype)] for name, p in module.named_parameters()],
-            "placement": [placement.ranks, placement.stages_per_rank, placement.vshape],
-            "cuts": cuts,
-            "settings": [self._schedule_name, self._num_microbatches, self._unit, self._cap, self._resident],
-            "hparams": str(dict(module.hparams)),
-            "config": hydra_config(),
-            "torch": torch.__version__,
-        }
-        digests = {
-            key: hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:12]
-            for key, value in described.items()
-        }
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, digests)
-        for rank, theirs in enumerate(everyone):
-            differing = [key for key in digests if theirs[key] != everyone[0][key]]
-            if differing:
-                raise RuntimeError(
-                    f"rank {rank} differs from rank 0 in {', '.join(differing)}: "
-                    + "; ".join(f"{key} {theirs[key]} against {everyone[0][key]}" for key in differing)
-                    + ". All ranks have to run the same code with the same settings; in a sweep, start every job's "
-                    "ranks from one resolved configuration"
-                )
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -470,42 +427,6 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def _build_schedule(self, placement: Placement, count: int) -> Schedule:
-        name = self._schedule_name
-        units = name.startswith("zeropp")
-        unit = None
-        if units and self._unit != "auto":
-            unit = min(self._unit, count)
-        resident = None
-        if self._resident != "auto":
-            resident = min(self._resident, placement.stages_per_rank)
-        elif units:
-            resident = min(2, placement.stages_per_rank)
-        return build_schedule(
-            name,
-            ranks=placement.ranks,
-            stages_per_rank=placement.stages_per_rank,
-            micro_batches=count,
-            unit=unit,
-            vshape=placement.vshape if units else None,
-            cap=self._cap,
-            resident=resident,
-        )
-
-    def _count_micro_batches(self, rows: int) -> int:
-        wanted = self._num_microbatches
-        if wanted == "auto":
-            if self._first_count is None:
-                self._first_count = choose_micro_batches(rows, self.groups.layout.pipeline)
-                if self._unit != "auto" and self._unit > self._first_count:
-                    raise ValueError(
-                        f"unit={self._unit}, but the first batch of {rows} rows is split into {self._first_count} "
-                        "micro-batches and a unit has at most all of them: lower unit, or set num_microbatches"
-                    )
-            return min(self._first_count, rows)
-        self.check_rows(rows)
-        return wanted
-
     def check_rows(self, rows: int) -> None:
         """Refuse batches that cannot be cut into the micro-batches that were asked for.
 
@@ -515,12 +436,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
         Raises:
             ValueError: If there are fewer than micro-batches.
         """
-        wanted = self._num_microbatches
-        if wanted != "auto" and wanted > rows:
-            raise ValueError(
-                f"num_microbatches={wanted}, but the batch has {rows} rows and every micro-batch needs one: lower it, "
-                "use larger batches, or drop_last=True if this is the last batch of an epoch"
-            )
+        self._settings.check_rows(rows)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -539,9 +455,12 @@ class ZeroPPStrategy(ModelParallelStrategy):
 
     def _schedule_for(self, batch: Any) -> Schedule:
         rows = batch_rows(batch)
-        count = self._count_micro_batches(rows)
+        if self._first_count is None:
+            self._first_count = self._settings.first_count(rows, self.groups.layout.pipeline)
+        self._settings.check_rows(rows)
+        count = min(self._first_count, rows)
         if count not in self._schedules:
-            self._schedules[count] = self._build_schedule(self.pipeline.placement, count)
+            self._schedules[count] = self._settings.build(self.pipeline.placement, count)
             _say(describe_schedule(self._schedules[count], rows, self.pipeline, offloaded=self._cpu_offload))
         return self._schedules[count]
 
