@@ -299,11 +299,11 @@ class Chain:
             if (self._behind and over) or (self._before and not over):
                 name = next((n for n, part in self.root.named_modules() if part is module), type(module).__name__)
                 side, way = ("behind", "after") if over else ("before", "before")
+                again = ". If the step calls the model a second time: join the calls into one along the batch dimension"
                 raise ValueError(
                     f"module {name!r} runs {side} {self.name} but is registered on the other side of them, where its "
                     f"parameters were placed. Register it {way} the blocks, or make it a block with "
-                    "configure_pipeline()"
-                    + (". If the model is called a second time in a step: Join the calls into one" if over else "")
+                    f"configure_pipeline(){again if over else ''}"
                 )
             device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
             # Copies of tied parameters may be real, or sharded, on this rank.
