@@ -381,11 +381,11 @@ class Chain:
             over = reached[0] == len(self.blocks)
             if (behind and over) or (before and not over):
                 side, way = ("behind", "after") if over else ("before", "before")
+                again = ". If the step calls the model a second time: join the calls into one along the batch dimension"
                 raise ValueError(
                     f"module {self._absent_names[id(module)]!r} runs {side} {self.name} but is registered on the other "
                     f"side of them, where its parameters were placed. Register it {way} the blocks, or make it a block "
-                    "with configure_pipeline()"
-                    + (". If the model is called a second time in a step: Join the calls into one" if over else "")
+                    f"with configure_pipeline(){again if over else ''}"
                 )
             device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
             # Copies of tied parameters may be real, or sharded, on this rank.

@@ -2,9 +2,12 @@
 """``Trainer(strategy="zeropp")``: pipeline parallelism and FSDP for any LightningModule.
 
 What a user has to know: ``training_step`` is called with *micro-batches*, on the rank of the last stage; code before
-the model's call runs on every rank (and once more there). What it sets on ``self`` lives on last-stage ranks; what it
-logs is logged everywhere (see ``relay``). ``validation_step`` and the others are called with whole batches, on the
-pipeline, or with ``evaluation="whole"`` on every rank with the whole model (see ``whole``).
+the model's call runs on every rank (and once more there). What it sets on ``self`` lives on last-stage ranks, and what
+it prints or writes to ``self.logger`` itself is dropped unless that is rank 0; what it logs with ``self.log``, counts
+in the module's metrics or returns is there on every rank (see ``relay``, ``metrics``, ``broadcast``).
+``validation_step`` and the others are called with whole batches, on the pipeline, or with ``evaluation="whole"`` on
+every rank with the whole model (see ``whole``). ``trainer.strategy.pipeline`` has the norms of the whole model's
+gradients.
 
 How it meets Lightning's loop, which calls ``training_step``, then ``optimizer.zero_grad``, then ``backward``: the
 schedule runs in ``training_step``, gradients and all, because the loss has to be known when it returns. They are put

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAver
 from torch import nn
 
 from lightning_zeroprompt.strategies import ZeroPPStrategy
+from lightning_zeroprompt.testing import run_distributed
 
 
 class Manual(LM):
@@ -115,16 +116,30 @@ def fit(module):
     trainer({}).fit(module(), loader({}))
 
 
+def raised(module):
+    try:
+        fit(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (Nothing, "TypeError: training_step returned NoneType for a micro-batch; it has to return a loss"),
-        (Twice, "the model is called a second time in a step.*Join the calls into one"),
+        (Twice, "ValueError: .*is called again; a pipeline runs each of its 6 blocks once"),
     ],
 )
-def test_steps_that_cannot_run_bring_all_ranks_down(run_ranks, module, message):
-    with pytest.raises(RuntimeError, match=f"(?s)rank 1 of 2 raised.*({message})"):
-        run_ranks(fit, 2, module)
+def test_a_step_that_cannot_run_says_why(run_ranks, module, message):
+    assert re.match(message, run_ranks(raised, 1, module)[0])
+
+
+def test_a_step_that_cannot_run_brings_all_ranks_down(monkeypatch, request):
+    monkeypatch.syspath_prepend(request.config.rootpath)
+    message = "ValueError: .*If the step calls the model a second time: join the calls into one"
+    # Not on the shared ranks, which would have to start anew.
+    with pytest.raises(RuntimeError, match=f"(?s)rank 1 of 2 raised.*{message}"):
+        run_distributed(fit, 2, Twice)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class Trace(Callback):
         self.calls.append(tuple((name, value) for name, value in values.items() if name.startswith("val")))
 
 
-class Tests(LM):
+class EntryPoints(LM):
     def test_step(self, batch, index):
         self.log("test_loss", self.loss(batch), sync_dist=True)
 
@@ -102,7 +102,7 @@ def fast(strategy):
 
 def entry_points(strategy):
     """fit, validate, test and predict, and fit again."""
-    module = Tests()
+    module = EntryPoints()
     running = trainer(strategy, max_epochs=1)
     before = running.validate(module, loader(strategy, rows=16), verbose=False)
     running.fit(module, loader(strategy), loader(strategy, rows=16))
@@ -121,7 +121,7 @@ def entry_points(strategy):
 
 def trainers(strategy):
     """One module in two Trainers, then another module in the second one."""
-    module, other = LM(), LM("adamw", blocks=4)
+    module, other = LM(), LM("adamw", blocks=3)
     with torch.no_grad():
         other.net.embedding.weight.add_(0.1)
     trainer(strategy).fit(module, loader(strategy), loader(strategy, rows=16))
