@@ -196,7 +196,8 @@ def _reduce(values: Sequence[Tensor], weights: Sequence[Tensor], how: Any) -> Te
     stacked = torch.stack([value.double() for value in values])
     if how in ("mean", torch.mean):
         weighted = torch.stack([weight.double() for weight in weights])
-        return (stacked * weighted).sum() / weighted.sum()
+        # The mean loss of a micro-batch without targets is NaN.
+        return (torch.where(weighted == 0, 0.0, stacked) * weighted).sum() / weighted.sum()
     if how in ("sum", torch.sum):
         return stacked.sum()
     if how in ("max", max, torch.max):

@@ -3,7 +3,13 @@
 
 What a user has to know: ``training_step`` is called with *micro-batches*, on the rank of the last stage; code before
 the model's call runs on every rank (and once more there). What it sets on ``self`` lives on last-stage ranks; what it
-logs is logged everywhere (see ``relay``). ``validation_step`` and the others are called with whole batches.
+logs is logged everywhere (see ``relay``). The step's loss is the mean of the micro-batches' losses, weighted by rows. A
+mean over tokens, such as that of Hugging Face models, stays one if the module says how many a micro-batch has::
+
+    def loss_weight(self, batch):
+        return (batch["labels"][:, 1:] != -100).sum()
+
+Other strategies ignore it. ``validation_step`` and the others are called with whole batches.
 
 How it meets Lightning's loop, which calls ``training_step``, then ``optimizer.zero_grad``, then ``backward``: the
 schedule runs in ``training_step``, gradients and all, because the loss has to be known when it returns. They are put
