@@ -215,4 +215,5 @@ def _reduce(values: Sequence[Tensor], weights: Sequence[Tensor], how: Any) -> Te
     if how in ("min", min, torch.min):
         return stacked.min()
     weighted = torch.stack([weight.double() for weight in weights])
-    return (stacked * weighted).sum() / weighted.sum()
+    # The mean loss of a micro-batch without targets is NaN.
+    return (torch.where(weighted == 0, 0.0, stacked) * weighted).sum() / weighted.sum()

@@ -102,6 +102,8 @@ class PipelineSteps:
                     f"training_step returned {type(result).__name__} for a micro-batch; it has to return a loss, or a "
                     "dict with the key 'loss'"
                 )
+            # A mean over no targets is NaN, and counts for nothing.
+            loss = torch.where(weights[index] == 0, torch.zeros_like(loss), loss)
             losses.append(loss.detach())
             results.append(result)
             scaled: Tensor = loss * (factors[index] * scale)

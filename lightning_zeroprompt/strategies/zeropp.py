@@ -9,6 +9,12 @@ in the module's metrics or returns is there on every rank (see ``relay``, ``metr
 every rank with the whole model (see ``whole``). ``trainer.strategy.pipeline`` has the norms of the whole model's
 gradients.
 
+The step's loss is the mean of the micro-batches' losses, weighted by rows. A mean over tokens, such as that of Hugging
+Face models, stays one if the module says how many a micro-batch has; other strategies ignore it::
+
+    def loss_weight(self, batch):
+        return (batch["labels"][:, 1:] != -100).sum()
+
 How it meets Lightning's loop, which calls ``training_step``, then ``optimizer.zero_grad``, then ``backward``: the
 schedule runs in ``training_step``, gradients and all, because the loss has to be known when it returns. They are put
 aside before ``zero_grad`` and back in ``backward``. Alternatives: running it in ``backward`` reports a loss that is not
