@@ -78,10 +78,14 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         encoder_length: Largest number of encoder tokens, end mark and soft prompt included; longer inputs are cut as in
             training.
         decoder_length: Largest number of target tokens, end mark included.
-        max_tokens: Padded tokens a batch, of the encoder and, apart, of the targets; an item above it is a batch of
-        its own. max_new_tokens: Cap of the generated tokens. soft_prompt_length: Prompt positions in front of every
-        input. prompt_ids: For soft prompts a task: the number of the prompt for a task (index in the corpus); others
-        have none (0). rank: Which share of the batches. num_ranks: Into how many shares.
+        max_tokens: Padded tokens a batch, of the encoder and, apart, of the targets; an item above it is a batch of its
+            own.
+        max_new_tokens: Cap of the generated tokens.
+        soft_prompt_length: Prompt positions in front of every input.
+        prompt_ids: For soft prompts a task: the number of the prompt for a task (index in the corpus); others have none
+            (0).
+        rank: Which share of the batches.
+        num_ranks: Into how many shares.
 
     Attributes:
         num_truncated: Items of all ranks whose input was cut.
