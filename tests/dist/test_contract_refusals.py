@@ -127,7 +127,7 @@ def raised(module):
     ("module", "message"),
     [
         (Nothing, "TypeError: training_step returned NoneType for a micro-batch; it has to return a loss"),
-        (Twice, "ValueError: .*is called again; a pipeline runs each of its 6 blocks once"),
+        (Twice, "ValueError: .*called more than once in a step; a pipeline runs its stages once a micro-batch"),
     ],
 )
 def test_a_step_that_cannot_run_says_why(run_ranks, module, message):
