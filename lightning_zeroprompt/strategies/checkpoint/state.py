@@ -99,8 +99,9 @@ def own_parts(checkpoint: Mapping[str, Any], writers: Writers) -> tuple[dict[Pat
     """
     parts: dict[Path, Any] = {}
     lost: list[str] = []
-    distributed = set(sections(checkpoint, writers)) | {OPTIMIZERS}
-    for key in distributed - {OPTIMIZERS}:
+    # In the checkpoint's order, which all ranks share: a set of strings has another one in every process.
+    named = list(sections(checkpoint, writers))
+    for key in named:
         section = checkpoint[key]
         for name, value in section.items():
             if writers.aliases.get(name) in section or not writers.writes(name, value):
@@ -117,7 +118,7 @@ def own_parts(checkpoint: Mapping[str, Any], writers: Writers) -> tuple[dict[Pat
     if lost:
         # On the rank that should have it: only a callback with a copy of its own can have lost it.
         warnings.warn(f"not saved, since this rank should hold them but has them on meta: {sorted(lost)}", stacklevel=2)
-    rest = {key: value for key, value in checkpoint.items() if key not in distributed}
+    rest = {key: value for key, value in checkpoint.items() if key not in (*named, OPTIMIZERS)}
     for key, value in rest.items():
         if any(isinstance(leaf, DTensor) for leaf in tree_leaves(value)):
             raise ValueError(
