@@ -53,6 +53,12 @@ class _Mlp(nn.Module):
         return y
 
 
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        # Small, so that an untrained model's loss is near that of guessing and a wrong step shows in it.
+        nn.init.normal_(self.weight, std=0.02)
+
+
 class Gpt(nn.Module):
     """Embedding, layers (whole or as two half-blocks each) and head in one row of blocks."""
 
@@ -64,7 +70,7 @@ class Gpt(nn.Module):
         for _ in range(args.layers):
             halved = [_Attention(args.width, args.head), _Mlp(args.width)]
             layers += halved if halves else [nn.Sequential(*halved)]
-        embedding = nn.Embedding(args.vocabulary, args.width)
+        embedding = _Embedding(args.vocabulary, args.width)
         head = nn.Linear(args.width, args.vocabulary, bias=False)
         self.blocks = nn.Sequential(embedding, *layers, head)
 
@@ -141,7 +147,8 @@ class Bench:
         dist.barrier(group=self.control)
 
     def model(self, *, halves: bool | None = None) -> Gpt:
-        """On the meta device, in the type it runs in."""
+        """On the meta device, in the type it runs in; its first values are drawn anew from one seed a rank."""
+        torch.manual_seed(self.rank)
         with torch.device("meta"):
             return Gpt(self.args, halves=self.args.blocks == "half" if halves is None else halves).to(self.dtype)
 

@@ -28,9 +28,8 @@ def test_tiny(tmp_path):
         assert "error" not in entry, entry
         assert entry["ms"] > 0
         assert entry["of_limit"] > 0
-        # The plain run's model, on other words: better than guessing at random by nothing, worse by its random logits.
-        assert math.log(64) - 0.1 < entry["loss"] < math.log(64) + 1
-        assert abs(entry["loss"] - by_case["limit"]["loss"]) < 0.5
+        # Untrained, on 64 words; first values are seeded.
+        assert abs(entry["loss"] - math.log(64)) < 0.5
         # Live tensors after the first step and after the tenth; a step's own batches may differ by some.
         assert abs(entry["growth_bytes"]) < 0.05 * entry["held_bytes"]
     assert {path.name for path in tmp_path.iterdir()} == {
