@@ -357,6 +357,19 @@ def test_bubbles_of_the_others(times: tuple[float, float, float]) -> None:
         assert bubble(build_schedule("zb_h1", **fixed), times) == pytest.approx(split, abs=1e-6), (ranks, rounds)
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_bubbles_where_the_input_gradient_is_sent_before_the_weight_gradient_is_made(ranks: int) -> None:
+    """The table of docs/pipeline.md: four rounds, all times equal."""
+    two = {"stages_per_rank": 2}
+    per_step = {"1f1b": 2, "zb_h1": 1, "zbv": 1, "interleaved_1f1b": 2, "breadth_first": 2}
+    for name, times in per_step.items():
+        more = two if name in ("zbv", "interleaved_1f1b", "breadth_first") else {}
+        schedule = build_schedule(name, ranks=ranks, micro_batches=4 * ranks, **more)
+        assert bubble(schedule) == times * (ranks - 1), name
+    assert bubble(zeropp(ranks, 2, 2 * ranks, 4 * ranks)) == ranks - 1
+    assert bubble(zeropp(ranks, 2, ranks, 4 * ranks)) == 4 * (ranks - 1)
+
+
 def test_peaks_of_the_others() -> None:
     for ranks, micro_batches in itertools.product(range(1, 7), (1, 3, 6, 12, 18)):
         fixed = {"ranks": ranks, "micro_batches": micro_batches}
