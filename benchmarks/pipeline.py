@@ -134,7 +134,7 @@ def run_fsdp2(bench: Bench, micro_batches: int, *, zero3: bool) -> Measured:
 def run_torch(bench: Bench, micro_batches: int, *, name: str, per_rank: int, vshape: bool) -> Measured:
     placement = Placement(bench.world, per_rank, vshape)
     chain = find_chain(bench.model())
-    cuts = cut_chain(chain, placement.stages)
+    cuts = cut_chain(chain, placement)
     group = bench.groups(bench.world).pipeline
     mine = {
         stage: bench.materialize(nn.Sequential(*chain.blocks[slice(*cuts[stage])]))
@@ -176,8 +176,10 @@ def run_ours(bench: Bench, micro_batches: int, *, name: str) -> Measured:
     schedule = build_schedule(kind, ranks=ranks, micro_batches=count, resident=resident, **settings)
     model = bench.model()
     chain = find_chain(model)
-    cuts = cut_chain(chain, schedule.stages)
-    pipeline = Pipeline(chain, schedule.placement, cuts, bench.groups(ranks), bench.device)
+    cuts = cut_chain(chain, schedule.placement)
+    pipeline = Pipeline(
+        chain, schedule.placement, cuts, bench.groups(ranks), bench.device, peer_copies=not bench.args.nccl
+    )
     pipeline.prepare()
     parts = bench.tokens(count).chunk(count)
     given = [MicroBatch(tuple(part.shape), partial(pipeline.chain.capture, partial(model, part))) for part in parts]
@@ -371,6 +373,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--growth", type=int, default=0, help="so many steps, and how memory grew")
+    parser.add_argument("--nccl", action="store_true", help="our cases on the bare executor send by NCCL alone")
     parser.add_argument("--timeline", type=Path, help="write timelines of our cases on the bare executor into a folder")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start nothing after so many seconds")
     parser.add_argument("--timeout-s", type=float, default=300, help="of collectives")

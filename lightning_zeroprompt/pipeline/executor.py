@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_zeroprompt.pipeline.chain import Calls
 from lightning_zeroprompt.pipeline.lowering import add_collectives, add_transfers
+from lightning_zeroprompt.pipeline.peer_copy import PeerCopies
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule, Task
 from lightning_zeroprompt.pipeline.stage import StageModule
@@ -87,6 +88,16 @@ class _Meta:
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
+class _Work(Protocol):
+    """A message under way."""
+
+    def is_completed(self) -> bool:
+        """Whether it is over."""
+
+    def wait(self) -> Any:
+        """Make the current stream wait for it."""
+
+
 class _Stage(StageBase):
     """One stage on torch's runtime."""
 
@@ -97,8 +108,8 @@ class _Stage(StageBase):
         super().__init__(module, module.stage, stages, executor.device, executor.group, self.store.take)
         self._inputs: dict[int, tuple[Tensor, ...]] = {}
         self._output_grads: dict[int, tuple[Tensor | None, ...]] = {}
-        self._works: dict[tuple[Kind, int], list[dist.Work]] = {}
-        self._sent: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
+        self._works: dict[tuple[Kind, int], Sequence[_Work]] = {}
+        self._sent: deque[tuple[Sequence[_Work], list[Tensor]]] = deque()
         self._outputs: dict[int, list[_Meta]] = {}
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -134,7 +145,7 @@ class _Stage(StageBase):
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         metas = self._executor.metas(self, fwd_chunk_id)
         tensors = tuple(meta.empty(self.device) for meta in metas)
-        self._post(Kind.RECV_F, fwd_chunk_id, dist.irecv, tensors, self.stage_index - 1)
+        self._receive(Kind.RECV_F, fwd_chunk_id, tensors, self.stage_index - 1)
         train = self.has_backward and torch.is_grad_enabled()
         self._inputs[fwd_chunk_id] = tuple(
             tensor.requires_grad_() if meta.requires_grad and train else tensor
@@ -145,7 +156,7 @@ class _Stage(StageBase):
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         outputs = [out.detach() for out in self.fwd_cache[fwd_chunk_id][0]]
         self._executor.announce(self, fwd_chunk_id, self._outputs[fwd_chunk_id])
-        self._post(Kind.SEND_F, fwd_chunk_id, dist.isend, outputs, self.stage_index + 1)
+        self._send(outputs, self.stage_index + 1)
         return []
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
@@ -175,13 +186,13 @@ class _Stage(StageBase):
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         grads = tuple(meta.empty(self.device) if meta.requires_grad else None for meta in self._outputs[bwd_chunk_id])
         tensors = [grad for grad in grads if grad is not None]
-        self._post(Kind.RECV_B, bwd_chunk_id, dist.irecv, tensors, self.stage_index + 1)
+        self._receive(Kind.RECV_B, bwd_chunk_id, tensors, self.stage_index + 1)
         self._output_grads[bwd_chunk_id] = grads
         return []
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         tensors = [grad.contiguous() for grad in self.get_local_bwd_output(bwd_chunk_id) if grad is not None]
-        self._post(Kind.SEND_B, bwd_chunk_id, dist.isend, tensors, self.stage_index - 1)
+        self._send(tensors, self.stage_index - 1)
         return []
 
     def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
@@ -221,19 +232,28 @@ class _Stage(StageBase):
 
     # -- messages -------------------------------------------------------------------------------------------------
 
-    def _post(self, kind: Kind, micro_batch: int, operation: Any, tensors: Sequence[Tensor], neighbour: int) -> None:
-        peer = self._executor.global_rank_of(neighbour)
-        works = (
-            dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer, self.group) for tensor in tensors])
-            if tensors
-            else []
+    def _receive(self, kind: Kind, micro_batch: int, tensors: Sequence[Tensor], neighbour: int) -> None:
+        peer, copies = self._executor.global_rank_of(neighbour), self._executor.peer_copies
+        if copies is not None:
+            self._works[kind, micro_batch] = [copies.receive(tensor, peer) for tensor in tensors]
+        else:
+            self._works[kind, micro_batch] = self._collective(dist.irecv, tensors, peer)
+
+    def _send(self, tensors: Sequence[Tensor], neighbour: int) -> None:
+        peer, copies = self._executor.global_rank_of(neighbour), self._executor.peer_copies
+        works: Sequence[_Work] = (
+            [copies.send(tensor, peer) for tensor in tensors]
+            if copies is not None
+            else self._collective(dist.isend, tensors, peer)
         )
-        if kind in (Kind.RECV_F, Kind.RECV_B):
-            self._works[kind, micro_batch] = works
-            return
         self._sent.append((works, list(tensors)))
         while self._sent and all(work.is_completed() for work in self._sent[0][0]):
             self._drop_sent(self._sent.popleft())
+
+    def _collective(self, operation: Any, tensors: Sequence[Tensor], peer: int) -> Sequence[_Work]:
+        if not tensors:
+            return []
+        return dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer, self.group) for tensor in tensors])
 
     def _waiting(self, cause: Cause) -> AbstractContextManager[None]:
         recorder = self._executor.recorder
@@ -252,7 +272,7 @@ class _Stage(StageBase):
                 raise
 
     @staticmethod
-    def _drop_sent(entry: tuple[list[dist.Work], list[Tensor]]) -> None:
+    def _drop_sent(entry: tuple[Sequence[_Work], list[Tensor]]) -> None:
         # NCCL keeps a message's tensors until its work is waited for.
         for work in entry[0]:
             work.wait()
@@ -275,6 +295,7 @@ class PipelineExecutor:
         placement: Stages to ranks.
         group: The ranks of the pipeline, in order.
         device: Where stages run.
+        peer_copies: How messages travel; None is the group's own sends and receives.
 
     Attributes:
         recorder: Told of tasks and waits while it is set.
@@ -286,8 +307,9 @@ class PipelineExecutor:
         placement: Placement,
         group: dist.ProcessGroup,
         device: torch.device,
+        peer_copies: PeerCopies | None = None,
     ) -> None:
-        self.group, self.device = group, device
+        self.group, self.device, self.peer_copies = group, device, peer_copies
         self.placement = placement
         self.recorder: StepRecorder | None = None
         self._stages = {index: _Stage(self, module, placement.stages) for index, module in sorted(modules.items())}

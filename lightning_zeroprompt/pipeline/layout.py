@@ -6,8 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lightning_zeroprompt.pipeline.peer_copy import PeerCopies
 
 __all__ = ["Layout", "ProcessGroups"]
 
@@ -98,8 +101,22 @@ class ProcessGroups:
             data = dist.new_group([layout.global_rank(pipeline_rank, d) for d in range(layout.data)])
             if pipeline_rank == self.pipeline_rank:
                 self.data: dist.ProcessGroup = data
+        self._peers: PeerCopies | None = None
+        self._peers_made = False
         self._made: set[tuple[tuple[int, ...], bool]] = set()
         self._owners: dict[tuple[tuple[int, ...], bool], dist.ProcessGroup] = {}
+
+    def peer_copies(self, device: torch.device) -> PeerCopies | None:
+        """How the pipeline's GPUs copy to each other without NCCL; None where they cannot. All ranks ask together.
+
+        Args:
+            device: This rank's.
+        """
+        if not self._peers_made:
+            self._peers_made = True
+            if PeerCopies.possible(self.pipeline, self.control, device):
+                self._peers = PeerCopies(self.pipeline, self.control, device)
+        return self._peers
 
     def of_owners(
         self, owners: Iterable[tuple[tuple[int, ...], bool]]

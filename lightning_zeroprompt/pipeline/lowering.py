@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS, ListCosts
 from lightning_zeroprompt.pipeline.schedule import COMPUTE, Kind, Placement, Schedule, Task
 
 __all__ = ["add_collectives", "add_transfers", "phases"]
@@ -117,28 +118,30 @@ def inputs_of(placement: Placement, task: Task) -> Task | None:
     return Task(Kind.BACKWARD, task.stage, task.micro_batch)
 
 
-def add_transfers(schedule: Schedule) -> Schedule:
+def add_transfers(schedule: Schedule, costs: ListCosts = TYPICAL_COSTS) -> Schedule:
     """Insert sends and receives.
 
-    Ranks are run in simulated time (F, B and W of one length). When a task ends whose result is needed elsewhere, its
-    send goes behind it and its receive to where the receiving rank then is: posted before it is needed, after all that
-    rank did before.
+    Ranks are run in simulated time. When a task ends whose result is needed elsewhere, its send goes behind it and its
+    receive to where the receiving rank then is: posted before it is needed, after all that rank did before. Lists are
+    right whatever the times are; but NCCL keeps multiprocessors busy while one side of a message waits for the other.
 
     Args:
         schedule: One with computations, with or without collectives.
+        costs: Times of the tasks.
 
     Raises:
         ValueError: If a task waits for one that never comes, naming the ranks' positions.
     """
     placement = schedule.placement
     position = [0] * schedule.ranks
-    clock = [0] * schedule.ranks
-    done: dict[Task, int] = {}
+    clock = [0.0] * schedule.ranks
+    length = {Kind.FORWARD: costs.forward, Kind.BACKWARD: costs.backward, Kind.WEIGHT: costs.weight}
+    done: dict[Task, float] = {}
     lists: list[list[Task]] = [[] for _ in range(schedule.ranks)]
     # What has started and is not yet in its list: a result's message goes behind every task that ends earlier.
-    ending: list[tuple[int, int, Task]] = []
+    ending: list[tuple[float, int, Task]] = []
 
-    def flush(now: int) -> None:
+    def flush(now: float) -> None:
         """Send what ended by ``now``."""
         ending.sort(key=lambda item: item[:2])
         while ending and ending[0][0] <= now:
@@ -171,9 +174,9 @@ def add_transfers(schedule: Schedule) -> Schedule:
         position[rank] += 1
         needed[rank] = needed_next(rank)
         if task.kind in COMPUTE:
-            clock[rank] = done[task] = begin + 1
-            ending.append((begin + 1, rank, task))
-    flush(max(clock, default=0))
+            clock[rank] = done[task] = begin + length[task.kind]
+            ending.append((clock[rank], rank, task))
+    flush(max(clock, default=0.0))
     stuck = [
         f"rank {rank} at {tasks[at]} (entry {at + 1} of {len(tasks)})"
         for rank, (tasks, at) in enumerate(zip(schedule.tasks, position, strict=True))

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Task, units_of
 
 __all__ = [
+    "TYPICAL_COSTS",
     "ListCosts",
     "breadth_first",
     "interleaved_1f1b",
@@ -208,6 +209,10 @@ class ListCosts:
     backward: float = 1.0
     weight: float = 1.0
     transfer: float = 0.0
+
+
+TYPICAL_COSTS = ListCosts(1.0, 1.4, 0.85)
+"""Of a transformer's layers on a GPU: the whole backward pass of attention is in B."""
 
 
 def list_schedule(

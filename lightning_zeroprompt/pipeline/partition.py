@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks to stages: contiguous cuts that make the slowest stage as fast as possible.
+"""Blocks to stages: contiguous cuts that make the slowest stage, and the rank with most work, as fast as possible.
 
 The cost of a block is estimated from its parameters: multiplying with a matrix of n entries takes 2 n FLOP a token in
 the forward pass and twice that in the backward pass, so weights of Linears and convolutions count in full; embeddings
@@ -11,7 +11,8 @@ one unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -43,16 +44,29 @@ def block_cost(block: nn.Module) -> float:
     return module_cost(block) if own is None else float(own)
 
 
+_STAGE_WEIGHT = 0.25
+"""What an uneven stage counts against an uneven rank: it is waited for while a pipeline fills, not all the time."""
+
+
 def balanced_cuts(
-    costs: Sequence[float], stages: int, *, before: float = 0.0, behind: float = 0.0
+    costs: Sequence[float],
+    stages: int,
+    *,
+    before: float = 0.0,
+    behind: float = 0.0,
+    rank_of: Callable[[int], int] | None = None,
 ) -> list[tuple[int, int]]:
     """Cut a row of blocks into stages so that the largest stage cost is least, and among such cuts the most even.
+
+    Ranks with several stages also want equal sums: from that cut on, edges are moved, one or two at a time, as long as
+    that makes the most loaded rank lighter and no stage much heavier.
 
     Args:
         costs: Of each block.
         stages: How many; each gets at least one block.
         before: Work of the first stage besides its blocks.
         behind: Work of the last stage besides its blocks.
+        rank_of: The rank of each stage; None looks at stages alone.
 
     Returns:
         For each stage its first block and the one behind its last.
@@ -90,4 +104,49 @@ def balanced_cuts(
                     options.append((max(largest, cost), squares + cost * cost, [*cuts, (first, end)]))
             following[end] = min(options, key=lambda option: option[:2])
         best = following
-    return best[count][2]
+    cuts = best[count][2]
+    if rank_of is None or stages < 3:
+        return cuts
+    return _even_ranks(cuts, cost_of, [rank_of(stage) for stage in range(stages)])
+
+
+def _even_ranks(
+    cuts: list[tuple[int, int]], cost_of: Callable[[int, int, int], float], owners: list[int]
+) -> list[tuple[int, int]]:
+    stages = len(cuts)
+    per_rank = stages / len(set(owners))
+
+    def loads(edges: Sequence[int]) -> tuple[float, list[float]]:
+        of_stages = [cost_of(stage, edges[stage], edges[stage + 1]) for stage in range(stages)]
+        of_ranks = [0.0] * (max(owners) + 1)
+        for owner, cost in zip(owners, of_stages, strict=True):
+            of_ranks[owner] += cost
+        return max(of_ranks) / per_rank + _STAGE_WEIGHT * max(of_stages), of_ranks
+
+    def moved(edges: list[int], steps: Sequence[tuple[int, int]]) -> list[int] | None:
+        new = list(edges)
+        for edge, step in steps:
+            new[edge] += step
+        return new if all(one < two for one, two in pairwise(new)) else None
+
+    edges = [first for first, _ in cuts] + [cuts[-1][1]]
+    value, of_ranks = loads(edges)
+    inner = range(1, stages)
+    while True:
+        heaviest = of_ranks.index(max(of_ranks))
+        near = [edge for edge in inner if heaviest in (owners[edge - 1], owners[edge])]
+        ways = [[(edge, step)] for edge in inner for step in (-2, -1, 1, 2)]
+        ways += [
+            [(one, step), (two, other)]
+            for one in near
+            for two in inner
+            for step in (-1, 1)
+            for other in (-1, 1)
+            if two != one
+        ]
+        options = [new for steps in ways if (new := moved(edges, steps)) is not None]
+        best = min(options, key=lambda new: loads(new)[0], default=edges)
+        if loads(best)[0] >= value * (1 - 1e-9):
+            return list(pairwise(edges))
+        edges = best
+        value, of_ranks = loads(edges)

@@ -37,8 +37,8 @@ from lightning_zeroprompt.pipeline.weight_grad import defer_linears, restore_lin
 __all__ = ["Pipeline", "cut_chain"]
 
 
-def cut_chain(chain: Chain, stages: int) -> list[tuple[int, int]]:
-    """Cut a chain into stages of equal estimated work, what lies outside its blocks included.
+def cut_chain(chain: Chain, placement: Placement) -> list[tuple[int, int]]:
+    """Cut a chain into stages, and so ranks, of equal estimated work, what lies outside its blocks included.
 
     Raises:
         ValueError: If there are fewer blocks than stages.
@@ -46,9 +46,10 @@ def cut_chain(chain: Chain, stages: int) -> list[tuple[int, int]]:
     before, behind, _ = chain.outside()
     return balanced_cuts(
         [block_cost(block) for block in chain.blocks],
-        stages,
+        placement.stages,
         before=sum(module_cost(module) for module in before),
         behind=sum(module_cost(module) for module in behind),
+        rank_of=placement.rank_of,
     )
 
 
@@ -71,6 +72,7 @@ class Pipeline:
         device: Where stages run.
         precision: Types of gathered weights and of reductions; None leaves both to the parameters.
         cpu_offload: Keep shards, gradients and optimizer state in the host's memory.
+        peer_copies: Let GPUs of one host copy to each other (see ``peer_copy``) where they can.
 
     Attributes:
         executor: Runs the stages.
@@ -89,6 +91,7 @@ class Pipeline:
         *,
         precision: MixedPrecisionPolicy | None = None,
         cpu_offload: bool = False,
+        peer_copies: bool = True,
     ) -> None:
         self.chain, self.placement, self.cuts, self.groups, self.device = chain, placement, list(cuts), groups, device
         rank = groups.pipeline_rank
@@ -131,7 +134,8 @@ class Pipeline:
         self.copies: dict[str, nn.Parameter] = {name: named[name] for name in sorted(self.owned & set(self._sums))}
         # NCCL makes a group's communicator at its first use, which all of its ranks have to join: no send can be that.
         dist.all_reduce(torch.zeros(1, device=device), group=groups.pipeline)
-        self.executor = PipelineExecutor(self.stages, placement, groups.pipeline, device)
+        peers = groups.peer_copies(device) if peer_copies else None
+        self.executor = PipelineExecutor(self.stages, placement, groups.pipeline, device, peers)
 
     def _shard(self, whole: set[str], precision: MixedPrecisionPolicy, offload: OffloadPolicy | None) -> None:
         root = self.chain.root

@@ -155,7 +155,10 @@ def shard_stage(
     whole: set[nn.Parameter],
     offload: OffloadPolicy | None = None,
 ) -> None:
-    """Shard a stage with FSDP2: every block is a group of its own, the outside modules go with the root.
+    """Shard a stage with FSDP2, as one group: one gather, one reduction.
+
+    A group a block would be gathered at the same time all the same, in more and smaller messages, and its hooks run for
+    every micro-batch: on two H200 they made a step of blockwise gathering 1.6 times as long (2.7B parameters).
 
     Args:
         module: The stage.
@@ -168,7 +171,7 @@ def shard_stage(
     settings: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": False}
     if offload is not None:
         settings["offload_policy"] = offload
-    for part in (*_used_by_several(module.blocks, whole), *module.blocks, module):
+    for part in (*_used_by_several(module.blocks, whole), module):
         fully_shard(part, ignored_params=whole, **settings)
     module.set_requires_gradient_sync(False)  # type: ignore[operator]
     module.set_reshard_after_backward(False)  # type: ignore[operator]

@@ -10,6 +10,7 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
 * ``gather_stage`` gathers a stage outside of a schedule, also before its first forward pass.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
+* ``map_peers`` gives memory that other processes of the host map too (symmetric memory).
 * ``forget_process_groups`` lets a process be a rank of one world after another.
 * ``shard_like`` and ``SafeFileSystemReader`` are for checkpoints: shards without messages, folders without pickles.
 """
@@ -24,6 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -52,6 +54,7 @@ __all__ = [
     "forget_process_groups",
     "gather_stage",
     "is_compiled",
+    "map_peers",
     "reduce_gradients",
     "shard_like",
     "to_actions",
@@ -273,6 +276,24 @@ def forget_process_groups() -> None:
         dist.destroy_process_group()
     # Results of operators are remembered with their mesh, and a mesh of a later world equals that of an earlier one.
     clear_sharding_cache()  # type: ignore[no-untyped-call]
+
+
+def map_peers(size: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Allocate memory on every rank's GPU that the other ranks' processes can reach; all ranks call this together.
+
+    Args:
+        size: Bytes a rank.
+        group: Ranks of one host.
+        device: This rank's GPU.
+
+    Returns:
+        This rank's memory, which the caller keeps, and that of each rank of the group as this process sees it; bytes,
+        on ``device``.
+    """
+    mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    handle = symmetric_memory.rendezvous(mine, group)
+    everyone = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(dist.get_world_size(group))]
+    return mine, everyone
 
 
 def gather_stage(root: FSDPModule) -> None:

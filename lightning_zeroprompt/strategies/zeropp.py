@@ -348,7 +348,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
         chain.checkpoint_blocks = self._activation_checkpointing
         self._warn_of_batch_norm(chain)
         placement = self._settings.placement(self.groups.layout.pipeline, len(chain))
-        cuts = cut_chain(chain, placement.stages)
+        cuts = cut_chain(chain, placement)
         compare_ranks(
             {
                 "module": f"{type(module).__module__}.{type(module).__qualname__}",

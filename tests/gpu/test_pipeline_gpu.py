@@ -10,6 +10,7 @@ with GPUs or without.
 import copy
 import gc
 import os
+from random import Random
 
 import lightning.pytorch as pl
 import pytest
@@ -29,6 +30,7 @@ from lightning_zeroprompt.pipeline import build_schedule
 from lightning_zeroprompt.pipeline.chain import find_chain
 from lightning_zeroprompt.pipeline.executor import MicroBatch
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
+from lightning_zeroprompt.pipeline.peer_copy import PeerCopies
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 from lightning_zeroprompt.testing import run_distributed
@@ -97,7 +99,7 @@ def cut(model, name, layout, device):
     schedule = build_schedule(name, ranks=layout.pipeline, micro_batches=count, **settings)
     chain = find_chain(model)
     groups = ProcessGroups(layout, device.type)
-    pipeline = Pipeline(chain, schedule.placement, cut_chain(chain, schedule.stages), groups, device)
+    pipeline = Pipeline(chain, schedule.placement, cut_chain(chain, schedule.placement), groups, device)
     pipeline.prepare()
     parts = tokens(device).chunk(MICRO_BATCHES)[groups.data_rank :: layout.data]
 
@@ -176,6 +178,40 @@ def growth(device_type, data, steps, names=tuple(SETTINGS)):
     return found
 
 
+def exchange(ring_bytes, seed):
+    """Messages of random sizes both ways through small rings, received late; whether each came as it was sent."""
+    device = start("cuda")
+    control = dist.new_group(backend="gloo")
+    if not PeerCopies.possible(dist.group.WORLD, control, device):
+        return None
+    copies = PeerCopies(dist.group.WORLD, control, device, ring_bytes)
+    rank, random = dist.get_rank(), Random(seed)
+    sizes = [[random.choice((0, 1, 100, 1000, 5000)) for _ in range(60)] for _ in range(2)]
+
+    def message(sender, index):
+        generator = torch.Generator().manual_seed(100 * sender + index)
+        return torch.randn(sizes[sender][index], generator=generator)
+
+    sent, received, right = [], [], []
+    for index in range(60):
+        # Something to wait for, so that copies are not over before the next one is asked for.
+        torch.cuda._sleep(random.choice((0, 10**6)))
+        tensor = message(rank, index).to(device) + 0.0
+        sent.append((copies.send(tensor, 1 - rank), tensor))
+        if index % (rank + 2) == 0 or index == 59:
+            for late in range(len(received), index + 1):
+                tensor = torch.full((sizes[1 - rank][late],), float("nan"), device=device)
+                received.append((copies.receive(tensor, 1 - rank), tensor))
+    for index, (work, tensor) in enumerate(received):
+        work.wait()
+        right.append(torch.equal(tensor.cpu(), message(1 - rank, index)))
+    torch.cuda.synchronize()
+    assert all(work.is_completed() for work, _ in sent)
+    dist.barrier(group=control)
+    dist.destroy_process_group()
+    return right
+
+
 def train_t5(folder, accelerator, devices):
     """Losses of a few steps of a small T5 on the tiny corpus, on every rank."""
     torch.manual_seed(0)
@@ -229,6 +265,16 @@ def test_memory_does_not_grow_in_200_steps(data):
         for (early, early_peak), (late, late_peak) in found.values():
             assert late - early < 2**20, found
             assert late_peak - early_peak < 2**20, found
+
+
+@pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("ring_bytes", [512, 4096, 2**20])
+def test_copies_between_gpus(ring_bytes):
+    """Every message is the one that was sent, also those longer than the ring."""
+    for right in run_distributed(exchange, 2, ring_bytes, 0):
+        if right is None:
+            pytest.skip("the GPUs do not reach each other")
+        assert right == [True] * 60
 
 
 @pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")
