@@ -3,21 +3,13 @@ import dataclasses
 import json
 
 import pytest
+from genomes import EXAMPLE, GENOMES, TEXTS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_zeroprompt.data.sources.builtin import builtin_tasks
-from lightning_zeroprompt.data.task import Example, PromptTemplate, TaskError
+from lightning_zeroprompt.data.task import PromptTemplate, TaskError
 from lightning_zeroprompt.prompts import SLOTS, LiteralPart, PromptGenome, option_permutation
-
-EXAMPLE = Example(input="in {x}", outputs=("b",), options=("a", "b"), fields={"premise": "P {", "title": "T"})
-PLACEHOLDERS = ("{input}", "{premise}", "{options}")
-WORDS = ("word", "Is it true or false?", "Answer:", "Text: ", " ", "\n", " : ", '"', ".", "\n\n", " -> ", "{{", "}}")
-PIECES = st.sampled_from(PLACEHOLDERS + WORDS)
-TEXTS = (
-    st.lists(PIECES, max_size=12).map("".join).filter(lambda text: PromptTemplate(name="", text=text).placeholders())
-)
-GENOMES = st.builds(lambda text: PromptGenome.from_template(PromptTemplate(name="t", text=text)), TEXTS)
 
 
 @given(TEXTS, st.sampled_from(["", "word", "Is it true or false?", "Is it true"]))
