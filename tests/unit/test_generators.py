@@ -89,6 +89,15 @@ def test_an_untrained_model_gives_nothing_and_keeps_its_mode():
     assert SpanInfiller(model, TOKENIZER)([TextRequest("do ", " now")], seed=0) == [[]]
 
 
+def test_a_filling_ends_at_the_next_mark(monkeypatch):
+    model = T5(T5Config.preset("nano", TOKENIZER.vocab_size), seed=0)
+    first, second = TOKENIZER.sentinel_ids[:2]
+    a, b = TOKENIZER.encode_batch(["ab"])[0]
+    rows = [[first, a, b, second, a, 1], [first, b, 1, 0, 0, 0], [second, a, 1, 0, 0, 0], [first, a, a, a, a, a]]
+    monkeypatch.setattr(model, "generate", lambda *_, **__: torch.tensor(rows))
+    assert SpanInfiller(model, TOKENIZER, num_samples=4)([TextRequest("x", "y")], seed=0) == [["ab", "b"]]
+
+
 @pytest.mark.parametrize(
     "settings", [{"num_samples": 0}, {"max_new_tokens": 1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": 0.0}]
 )

@@ -134,6 +134,8 @@ def test_fingerprints_are_equal_for_prompts_that_read_the_same():
         {"instruction": "is it true?"},
         {"instruction": "Is it\ntrue?"},
         {"input_frame": "{premise}"},
+        {"option_frame": "-{options}"},
+        {"option_frame": "- {options}"},
         {"instruction": "Is it true? {options}", "option_frame": ""},
         {"verbalizer": ("a", "b")},
         {"option_order": "reversed"},
@@ -145,6 +147,12 @@ def test_fingerprints_are_equal_for_prompts_that_read_the_same():
 def test_fingerprints_tell_apart_what_a_model_can(changes):
     base = PromptGenome(instruction="Is it true?", option_frame="{options}")
     assert dataclasses.replace(base, **changes).fingerprint != base.fingerprint
+
+
+def test_blank_space_beside_a_placeholder_is_read():
+    glued, apart, below = (PromptGenome(input_frame=f"Text:{blank}{{input}}") for blank in ("", "  ", " \n"))
+    assert len({genome.fingerprint for genome in (glued, apart, below)}) == 3
+    assert apart.fingerprint == PromptGenome(input_frame="Text: {input}").fingerprint
 
 
 def test_reasons_to_discard_a_prompt():
@@ -170,6 +178,7 @@ def test_reasons_to_discard_a_prompt():
 
 def test_orders_of_options():
     assert option_permutation("given", 3, 0) == (0, 1, 2)
+    assert option_permutation("reversed", 3, 0) == (2, 1, 0)
     orders = [option_permutation("shuffled:5", 3, key) for key in range(3000)]
     assert orders == [option_permutation("shuffled:5", 3, key) for key in range(3000)]
     counts = {order: orders.count(order) for order in set(orders)}

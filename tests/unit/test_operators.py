@@ -87,6 +87,8 @@ def test_edits_of_phrases_keep_the_words_apart():
     assert phrases.swapped(0, 2) == "that comes last. then give the word Read the list,"
     assert phrases.inserted("now", 0) == f"now {SENTENCE}"
     assert phrases.inserted("now", 3) == f"{SENTENCE} now"
+    lines = split_phrases("One.\nTwo. Three.")
+    assert [lines.without(index) for index in range(3)] == ["Two. Three.", "One. Three.", "One.\nTwo."]
     assert split_phrases("\u9009\u62e9").inserted("\u5feb", 1) == "\u9009\u62e9\u5feb"
 
 
