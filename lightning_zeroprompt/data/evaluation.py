@@ -132,7 +132,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
             order = np.lexsort((members, -inputs, -np.ceil(np.log2(longest[members]))))
             chosen = members[order]
             sizes = zip(inputs[order].tolist(), options[chosen].tolist(), longest[chosen].tolist(), strict=True)
-            self._batches[kind] = [chosen[start:end] for start, end in _bounds(sizes, max_tokens)]
+            self._batches[kind] = [chosen[start:end] for start, end in batch_bounds(sizes, max_tokens)]
         self._place(rank, num_ranks)
 
     def for_rank(self, rank: int, num_ranks: int) -> "EvaluationDataset":
@@ -186,7 +186,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         return batch
 
     def _add_inputs(self, batch: EvaluationBatch, joined: Ragged, tasks: list[TaskInfo]) -> None:
-        ids = _padded(joined, 0)
+        ids = padded(joined, 0)
         segments = torch.from_numpy(np.arange(ids.shape[1]) < joined.lengths[:, None]).int()
         if self._soft_prompt_length:
             prompt = torch.arange(self._vocab_size, self._vocab_size + self._soft_prompt_length).expand(len(ids), -1)
@@ -198,14 +198,14 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
 
     def _add_options(self, batch: EvaluationBatch, cells: _Ints, rows: _Ints, tasks: list[TaskInfo]) -> None:
         first, count = self._options(cells, rows)
-        batch["option_labels"] = _padded(self._targets(ranges(first, count)), -100)
+        batch["option_labels"] = padded(self._targets(ranges(first, count)), -100)
         batch["option_example"] = torch.from_numpy(np.repeat(np.arange(len(rows)), count))
         right = [right_options(self.corpus, task, row) for task, row in zip(tasks, rows.tolist(), strict=True)]
         batch["option_correct"] = torch.tensor([flag for flags in right for flag in flags])
 
     def _add_references(self, batch: EvaluationBatch, rows: _Ints, tasks: list[TaskInfo]) -> None:
         first, count = self._outputs(rows, tasks)
-        batch["target_labels"] = _padded(self._targets(first), -100)
+        batch["target_labels"] = padded(self._targets(first), -100)
         decode = self.corpus.tokenizer.decode
         batch["references"] = [
             [decode(self.corpus.segment(segment).tolist()) for segment in range(start, start + number)]
@@ -265,7 +265,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         return np.array([limits[cell.sample] for cell in self.plan.cells], dtype=np.int64)
 
 
-def _bounds(sizes: Iterable[tuple[int, int, int]], max_tokens: int) -> Iterator[tuple[int, int]]:
+def batch_bounds(sizes: Iterable[tuple[int, int, int]], max_tokens: int) -> Iterator[tuple[int, int]]:
     """Cut items (input tokens, targets, tokens of the longest target) into batches under the token budget."""
     start, end, inputs, targets, longest = 0, 0, 0, 0, 0
     for input_tokens, number, tokens in sizes:
@@ -279,7 +279,7 @@ def _bounds(sizes: Iterable[tuple[int, int, int]], max_tokens: int) -> Iterator[
         yield start, end
 
 
-def _padded(ragged: Ragged, fill: int) -> Tensor:
+def padded(ragged: Ragged, fill: int) -> Tensor:
     """Sequences as int64 ``[n, longest]``."""
     lengths = ragged.lengths
     out = np.full((len(lengths), int(lengths.max())), fill, dtype=np.int64)

@@ -19,8 +19,8 @@ of files do not fit in the processor's caches, 0.9, 0.8 and 0.5.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +32,41 @@ if TYPE_CHECKING:
     from lightning_zeroprompt.data.corpus import Corpus
     from lightning_zeroprompt.data.mixture import Draws
 
-__all__ = ["JoinPlan", "Joiner", "Pieces", "Ragged", "join_templates", "ranges", "span_lengths"]
+__all__ = [
+    "JoinPlan",
+    "Joiner",
+    "OptionOrder",
+    "Pieces",
+    "Ragged",
+    "TemplateSource",
+    "join_templates",
+    "ranges",
+    "shuffled_options",
+    "span_lengths",
+    "template_pieces",
+]
+
+OptionOrder = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+"""(example, its number of options, place) -> which option stands there; int64 arrays of one shape."""
 
 _NOISE_DENSITY = 0.15
 _MEAN_SPAN = 3.0
 _GATHERED = 1 << 15
 _OPTIONS = -1
 _INPUT = -2
+
+
+class TemplateSource(Protocol):
+    """The arrays of :class:`~lightning_zeroprompt.data.corpus.Corpus` that joining templates reads."""
+
+    template_codes: NDArray[np.int64]
+    template_offsets: NDArray[np.int64]
+    template_separator: NDArray[np.int64]
+    template_verbalizer: NDArray[np.int64]
+    row_first_segment: NDArray[np.signedinteger[Any]]
+    row_option_segment: NDArray[np.signedinteger[Any]]
+    row_num_options: NDArray[np.signedinteger[Any]]
+    segment_offsets: NDArray[np.signedinteger[Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -220,7 +248,8 @@ class Joiner:
     ) -> tuple[Pieces, Pieces, int]:
         """Template and target pieces of the draws ``at``."""
         corpus, row, template = self.corpus, draws.row[at], draws.template[at]
-        encoder, cut = _template_pieces(corpus, row, template, draws.key[at], self.encoder_length, self._eos)
+        order = shuffled_options(draws.key[at])
+        encoder, cut = template_pieces(corpus, row, template, order, self.encoder_length, self._eos)
         label = take(corpus.row_label, row)
         verbalizer = np.asarray(corpus.template_verbalizer)[template]
         target = np.where(
@@ -291,15 +320,40 @@ def _interleave(a_at: NDArray[np.int64], a: Pieces, b_at: NDArray[np.int64], b: 
     return Pieces(start, length, offsets)
 
 
-def _template_pieces(
-    corpus: "Corpus",
+def shuffled_options(key: NDArray[np.uint64]) -> OptionOrder:
+    """The order of options that random words name.
+
+    Args:
+        key: uint64, one word an example.
+    """
+
+    def order(example: NDArray[np.int64], count: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.int64]:
+        return permute(count, key[example], place, rounds=SHORT)
+
+    return order
+
+
+def template_pieces(
+    corpus: TemplateSource,
     row: NDArray[np.int64],
     template: NDArray[Any],
-    key: NDArray[np.uint64] | None,
+    order: OptionOrder | None,
     limit: int | None,
     eos: int,
 ) -> tuple[Pieces, NDArray[np.bool_]]:
-    """Pieces of (row, template) pairs with the end mark, cut to ``limit``, and which of them were cut."""
+    """Pieces of (row, template) pairs.
+
+    Args:
+        corpus: A corpus, or other rows and templates in its layout.
+        row: Row of each pair, [n].
+        template: Template of each pair, [n].
+        order: Order of the options; stored order when None.
+        limit: Most tokens, end mark included; cut by the rule in the module's text. None means no limit.
+        eos: The end mark.
+
+    Returns:
+        The pieces, end mark included, and bool [n], which of the pairs were cut.
+    """
     template_offsets = np.asarray(corpus.template_offsets)
     code_start = template_offsets[template]
     # The end mark is expanded as one more code, then recognised by its place at the end of its example.
@@ -329,8 +383,8 @@ def _template_pieces(
         code = segment.copy()
         last = ends[1:] - 1
         shown = rank // 2
-        if key is not None:
-            shown = permute(num_options[member], key[owner_of], shown, rounds=SHORT)
+        if order is not None:
+            shown = order(owner_of, num_options[member], shown)
         verbalizer = np.asarray(corpus.template_verbalizer)[template[owner_of]]
         base = np.where(verbalizer >= 0, verbalizer, take(corpus.row_option_segment, row[owner_of]))
         separator = np.asarray(corpus.template_separator)[template[owner_of]]
@@ -386,5 +440,6 @@ def join_templates(
     row, template = np.asarray(rows, dtype=np.int64), np.asarray(templates, dtype=np.int64)
     if row.shape != template.shape:
         raise ValueError(f"{len(row)} rows with {len(template)} templates; give one template a row")
-    pieces, _ = _template_pieces(corpus, row, template, option_keys, max_tokens, corpus.eos_id)
+    order = None if option_keys is None else shuffled_options(option_keys)
+    pieces, _ = template_pieces(corpus, row, template, order, max_tokens, corpus.eos_id)
     return pieces.gather(np.asarray(corpus.tokens))

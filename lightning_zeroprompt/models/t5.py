@@ -234,9 +234,19 @@ class T5(nn.Module):
             ValueError: ``option_example`` is empty, unsorted or out of range.
         """
         groups = OptionGroups.from_examples(option_example, memory.shape[0])
-        x = self._decoder_hidden(_shift_right(option_labels), memory, memory_segments, None, groups)
         real = option_labels != -100
-        hidden, targets = x[real], option_labels[real]
+        decoder_input_ids, targets = _shift_right(option_labels), option_labels[real]
+        row, column, longest = _option_places(real, option_example, memory.shape[0])
+        # In one row of their example, options of unequal length leave less padding than in a row each; examples with
+        # unequal numbers of options leave more.
+        if len(memory) * longest < real.numel():
+            ids = decoder_input_ids.new_zeros(len(memory), longest)
+            ids[row, column] = decoder_input_ids[real]
+            segments = torch.zeros_like(ids)
+            segments[row, column] = real.nonzero()[:, 0] + 1
+            hidden = self._options_hidden(ids, segments, memory, memory_segments)[row, column]
+        else:
+            hidden = self._decoder_hidden(decoder_input_ids, memory, memory_segments, None, groups)[real]
         # Logits of all options at once would be the largest tensor of an evaluation.
         rows = max(1, _LOGITS_AT_ONCE // self.config.vocab_size)
         losses = [
@@ -244,7 +254,7 @@ class T5(nn.Module):
             for part, part_targets in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
         ]
         # Under precision "bf16-true" and "64-true" the default dtype is not float32.
-        logprobs = torch.zeros(option_labels.shape, dtype=torch.float32, device=x.device)
+        logprobs = torch.zeros(option_labels.shape, dtype=torch.float32, device=memory.device)
         logprobs[real] = -torch.cat(losses)
         return logprobs.sum(1), real.sum(1)
 
@@ -323,6 +333,15 @@ class T5(nn.Module):
             x = layer(x, memory, bias, cross_mask, groups)
         return x
 
+    def _options_hidden(self, ids: Tensor, segments: Tensor, memory: Tensor, memory_segments: Tensor | None) -> Tensor:
+        """Like :meth:`_decoder_hidden`, for rows ``[B, S]`` whose segments all read the same encoder row."""
+        x = self.embed_targets(ids, segments)
+        bias, cross_mask = self.decoder_scores(x, memory_segments, None)
+        bias = bias + segment_mask(segments, segments, bias.dtype)
+        for layer in self.decoder:
+            x = layer(x, memory, bias, cross_mask, None)
+        return x
+
     def decoder_scores(
         self, x: Tensor, memory_segments: Tensor | None, decoder_segments: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -361,6 +380,24 @@ class T5(nn.Module):
 def _shift_right(labels: Tensor, pad_id: int = 0) -> Tensor:
     """Return decoder inputs for labels ``[N, T]``: a pad token, then all labels but the last; -100 becomes padding."""
     return F.pad(labels[:, :-1], (1, 0), value=pad_id).masked_fill(F.pad(labels[:, :-1], (1, 0)) == -100, pad_id)
+
+
+def _option_places(real: Tensor, option_example: Tensor, num_examples: int) -> tuple[Tensor, Tensor, int]:
+    """Lay the options of each example end to end in one row.
+
+    Args:
+        real: ``[N, T]`` bool, which labels are tokens.
+        option_example: ``[N]`` int64, sorted.
+        num_examples: B.
+
+    Returns:
+        Row and column of every token, int64 ``[tokens]``, in the order of ``real``, and the length of the longest row.
+    """
+    lengths = real.sum(1)
+    totals = lengths.new_zeros(num_examples).index_add(0, option_example, lengths)
+    row = option_example.repeat_interleave(lengths)
+    column = torch.arange(len(row), device=row.device) - (totals.cumsum(0) - totals)[row]
+    return row, column, int(totals.max())
 
 
 def _padding_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.evaluation import (
     EvaluationDataset,
     EvaluationSettings,
-    _bounds,
+    batch_bounds,
     plan_evaluation,
     split_tasks,
 )
@@ -191,7 +191,7 @@ def test_batches_keep_the_budget_and_are_sorted_by_targets_then_inputs(evaluatio
 def test_bounds_keep_both_budgets_and_fill_them():
     generator = np.random.default_rng(0)
     sizes = [tuple(row) for row in generator.integers(1, 20, size=(300, 3)).tolist()]
-    bounds = list(_bounds(sizes, 400))
+    bounds = list(batch_bounds(sizes, 400))
     assert [index for start, end in bounds for index in range(start, end)] == list(range(300))
 
     def cost(start, end):
@@ -200,7 +200,7 @@ def test_bounds_keep_both_budgets_and_fill_them():
 
     assert all(cost(start, end) <= 400 for start, end in bounds)
     assert all(cost(start, end + 1) > 400 for start, end in bounds[:-1])
-    assert list(_bounds([(500, 1, 1), (1, 1, 500)], 400)) == [(0, 1), (1, 2)]
+    assert list(batch_bounds([(500, 1, 1), (1, 1, 500)], 400)) == [(0, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])

@@ -183,23 +183,42 @@ def test_generation_stops_when_all_rows_have_ended() -> None:
         model.generate(ids, None, 0)
 
 
-@pytest.mark.parametrize(("padded", "logits_at_once"), [(True, 2**25), (False, 2**25), (True, 5 * VOCAB), (True, 1)])
+@pytest.mark.parametrize(
+    ("padded", "logits_at_once", "example", "sizes", "together"),
+    [
+        # Examples 2 and 3 have no options.
+        (True, 2**25, [0, 0, 1, 1, 1, 1, 1, 4, 4], [6, 1, 2, 3, 4, 5, 6, 1, 3], False),
+        (False, 2**25, [0, 0, 1, 1, 1, 1, 1, 4, 4], [6, 1, 2, 3, 4, 5, 6, 1, 3], False),
+        (True, 5 * VOCAB, [0, 0, 1, 1, 1, 1, 1, 4, 4], [6, 1, 2, 3, 4, 5, 6, 1, 3], False),
+        (True, 1, [0, 0, 1, 1, 1, 1, 1, 4, 4], [6, 1, 2, 3, 4, 5, 6, 1, 3], False),
+        (True, 2**25, [0, 0, 0, 1, 1, 1, 3, 3, 4, 4, 4], [6, 1, 1, 2, 4, 2, 6, 2, 3, 1, 4], True),
+        (False, 5 * VOCAB, [0, 0, 0, 1, 1, 1, 3, 3, 4, 4, 4], [6, 1, 1, 2, 4, 2, 6, 2, 3, 1, 4], True),
+    ],
+)
 def test_option_scores_equal_one_forward_per_option(
-    padded: bool, logits_at_once: int, monkeypatch: pytest.MonkeyPatch
+    padded: bool,
+    logits_at_once: int,
+    example: list[int],
+    sizes: list[int],
+    together: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(t5_module, "_LOGITS_AT_ONCE", logits_at_once)
     model = tiny(3, absolute_positions=True, max_positions=5)
     ids = random_ids(5, 18)
     lengths = torch.tensor([18, 4, 9, 1, 13]) if padded else torch.full((5,), 18)
     segments = (torch.arange(18).expand(5, 18) < lengths[:, None]).int()
-    example = torch.tensor([0, 0, 1, 1, 1, 1, 1, 4, 4])  # examples 2 and 3 have no options
     labels = random_ids(len(example), 6, seed=1)
-    for row, length in enumerate([6, 1, 2, 3, 4, 5, 6, 1, 3]):
+    for row, length in enumerate(sizes):
         labels[row, length:] = -100
+    calls: list[int] = []
+    original = model._options_hidden
+    monkeypatch.setattr(model, "_options_hidden", lambda *given: (calls.append(1), original(*given))[1])
     with torch.no_grad():
         memory = model.encode(ids, segments if padded else None)
-        total, count = model.option_logprobs(memory, segments if padded else None, labels, example)
-        for row, index in enumerate(example.tolist()):
+        total, count = model.option_logprobs(memory, segments if padded else None, labels, torch.tensor(example))
+        assert bool(calls) == together
+        for row, index in enumerate(example):
             tokens = labels[row][labels[row] >= 0][None]
             logits = model(ids[index : index + 1, : lengths[index]], F.pad(tokens[:, :-1], (1, 0)))
             expected = logits.log_softmax(-1).gather(2, tokens[..., None]).sum()
