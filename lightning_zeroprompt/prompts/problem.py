@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SearchProblem: one task as a prompt search sees it: three disjoint pools, first prompts, and what operators may use.
+
+A problem is made before any model is asked, from a task of a compiled corpus or from examples of one's own, so that
+whatever is wrong with the data is said before the search. It never changes.
+
+The search part is put in an order in which every prefix holds the labels in equal numbers, as far as they go: the first
+block of a race decides about most candidates, and rows of a corpus often lie label by label.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_zeroprompt.data.corpus import Corpus
+from lightning_zeroprompt.data.permutation import permute, stream_key
+from lightning_zeroprompt.data.task import PromptTemplate
+from lightning_zeroprompt.prompts.neighbours import (
+    Neighbour,
+    TaskProfile,
+    nearest_tasks,
+    profile_corpus_task,
+    profile_examples,
+)
+from lightning_zeroprompt.prompts.operators import Candidate, Material
+from lightning_zeroprompt.prompts.parts import Mode, Parts, choose_parts
+from lightning_zeroprompt.prompts.pool import UNLABELLED, ExamplePool
+from lightning_zeroprompt.prompts.population import gather_donors, gather_material, start_population
+
+__all__ = ["Donors", "SearchProblem", "build_problem", "corpus_donors"]
+
+_PROFILED = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Donors:
+    """Tasks of a corpus that may lend their prompts; profiled once for any number of problems.
+
+    Attributes:
+        corpus: Where they are.
+        profiles: What they are compared by.
+        indices: Task id to index in the corpus.
+    """
+
+    corpus: Corpus
+    profiles: tuple[TaskProfile, ...]
+    indices: dict[str, int]
+
+    def near(self, pool: ExamplePool, count: int) -> list[Candidate]:
+        """Prompts of the tasks nearest to a pool's, the nearest first; no labels are read.
+
+        Args:
+            pool: Examples to compare by.
+            count: Tasks that lend; 0 for none.
+        """
+        found = self.neighbours(pool, count)
+        return gather_donors({near.task_id: _templates(self.corpus, self.indices[near.task_id]) for near in found})
+
+    def neighbours(self, pool: ExamplePool, count: int) -> list[Neighbour]:
+        """The nearest tasks."""
+        if not count or not self.profiles:
+            return []
+        examples = [pool.example(row) for row in range(min(len(pool), _PROFILED))]
+        # Only the length of an answer is read, and that of an option will do where the answer is not known.
+        filled = [e if e.outputs else dataclasses.replace(e, outputs=(e.options or ("",))[:1]) for e in examples]
+        target = profile_examples(pool.name, filled, [template.instruction for template in pool.templates])
+        return nearest_tasks(target, self.profiles, count)
+
+
+def corpus_donors(corpus: Corpus, indices: Sequence[int]) -> Donors:
+    """Profile tasks of a corpus, such as those that were trained on.
+
+    Args:
+        corpus: A compiled corpus.
+        indices: Of the tasks.
+    """
+    profiles = tuple(profile_corpus_task(corpus, index, num_examples=_PROFILED) for index in indices)
+    return Donors(corpus, profiles, {corpus.tasks[index].task_id: index for index in indices})
+
+
+def _templates(corpus: Corpus, index: int) -> tuple[PromptTemplate, ...]:
+    task = corpus.tasks[index]
+    return ExamplePool.from_corpus(corpus, task, [task.first_row]).templates
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SearchProblem:
+    """A task to search prompts for.
+
+    Attributes:
+        name: The task.
+        parts: Which rows of the task's pool the three pools hold.
+        search: Prompts are chosen on it; labels are known, or in mode ``zero_label`` not.
+        confirm: The choice is checked on it; labels as for ``search``.
+        test: Scored once; with its true labels.
+        start: First prompts, the manual ones first.
+        num_manual: How many of them are the task's own.
+        material: What the operators may draw from.
+    """
+
+    name: str
+    parts: Parts
+    search: ExamplePool
+    confirm: ExamplePool
+    test: ExamplePool
+    start: tuple[Candidate, ...]
+    num_manual: int
+    material: Material
+
+    @property
+    def manual(self) -> tuple[Candidate, ...]:
+        """The task's own prompts."""
+        return self.start[: self.num_manual]
+
+    def fingerprint(self) -> str:
+        """Sha256 hex of rows, mode and first prompts: a saved search goes on only with the same ones."""
+        parts = {name: getattr(self.parts, name).tolist() for name in ("search", "confirm", "test")}
+        keys = [key.hex() for pool in (self.search, self.confirm, self.test) for key in pool.input_keys()]
+        prompts = [candidate.genome.fingerprint for candidate in self.start]
+        record = [self.name, self.parts.mode, self.parts.k, self.parts.seed, parts, keys, prompts]
+        return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
+def build_problem(
+    pool: ExamplePool,
+    donors: Donors | None = None,
+    *,
+    population: int = 32,
+    mode: Mode = "few_label",
+    k: int | None = 64,
+    seed: int = 0,
+    neighbours: int = 8,
+    test_rows: Sequence[int] | npt.NDArray[np.int64] | None = None,
+    soft_prompts: Sequence[str] = (),
+) -> SearchProblem:
+    """Cut a task into parts and gather its first prompts.
+
+    Args:
+        pool: All rows of the task, with its manual prompts.
+        donors: Tasks that may lend prompts.
+        population: First prompts to reach; the task's own are always all there.
+        mode: What the search may know of the answers.
+        k: Rows of search and confirm together (:func:`~lightning_zeroprompt.prompts.parts.choose_parts`).
+        seed: Of the parts.
+        neighbours: Nearest tasks that lend their prompts.
+        test_rows: The test part, where it comes from another source.
+        soft_prompts: Sources of soft prompts to choose from.
+
+    Raises:
+        PoolError: The pool cannot be cut so.
+        TaskError: A template does not parse.
+        ValueError: A number out of range.
+    """
+    if population < 2 or neighbours < 0:
+        raise ValueError(f"population={population} has to be at least 2 and neighbours={neighbours} at least 0")
+    parts = choose_parts(pool, mode=mode, k=k, seed=seed, test_rows=test_rows)
+    hidden = pool if mode != "zero_label" else pool.with_labels(np.full(len(pool), UNLABELLED))
+    ordered = parts.search[_balanced(hidden.label[parts.search], seed)]
+    search = hidden.select(ordered)
+    near = [] if donors is None else donors.near(search, neighbours)
+    start = start_population(pool.templates, near, population)
+    own = [candidate for candidate in start if candidate.origin.startswith("template ")]
+    has_options = pool.kind == "choice"
+    material = gather_material(own, near, labels=pool.labels, soft_prompts=soft_prompts, has_options=has_options)
+    return SearchProblem(
+        name=pool.name,
+        parts=parts,
+        search=search,
+        confirm=hidden.select(parts.confirm),
+        test=pool.select(parts.test),
+        start=tuple(start),
+        num_manual=len(own),
+        material=material,
+    )
+
+
+def _balanced(labels: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """An order in which every prefix has each label equally often, as long as it lasts."""
+    order = permute(len(labels), stream_key(seed, "search order"), np.arange(len(labels)))
+    groups = [order[labels[order] == label].tolist() for label in np.unique(labels).tolist()]
+    mixed = itertools.chain.from_iterable(itertools.zip_longest(*groups))
+    return np.array([row for row in mixed if row is not None], dtype=np.int64)
