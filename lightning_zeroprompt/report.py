@@ -14,14 +14,12 @@ JSON has no NaN; a missing number is null. Cost: 0.1 s for the tables, 1 s for t
 import csv
 import dataclasses
 import io
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_zeroprompt.data.evaluation_plan import EvaluationPlan
+from lightning_zeroprompt.files import json_bytes, write_files
 from lightning_zeroprompt.metrics.summary import EvaluationSummary, MacroScore, TaskScore
 
 if TYPE_CHECKING:
@@ -117,22 +115,16 @@ def write_results(
     Raises:
         ValueError: ``run`` has an entry that results.json has already.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     draw_results(summary, untrained=untrained, title=title).savefig(picture, format="png", dpi=150)
     rows = [dataclasses.asdict(task) for task in summary.tasks]
     content = {
-        "results.json": _json(results_data(plan, summary, untrained=untrained, shuffled=shuffled, run=run)),
+        "results.json": json_bytes(results_data(plan, summary, untrained=untrained, shuffled=shuffled, run=run)),
         "results.csv": _csv(summary.tasks, {"untrained": untrained, "shuffled": shuffled}),
-        "results_tasks.json": _json(rows),
+        "results_tasks.json": json_bytes(rows),
         "results.png": picture.getvalue(),
     }
-    for name, data in content.items():
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_bytes(data)
-        temporary.replace(folder / name)
-    return {name: folder / name for name in content}
+    return write_files(folder, content)
 
 
 def results_table(
@@ -307,20 +299,6 @@ def _row(macro: MacroScore, untrained: EvaluationSummary | None, shuffled: Evalu
     if shuffled:
         cells.append("" if mixed is None else f"{mixed.score:.2f}")
     return cells
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
 def _csv(tasks: Sequence[TaskScore], others: Mapping[str, EvaluationSummary | None]) -> bytes:

@@ -52,6 +52,6 @@ class TimeBudget:
             self._rate = max(seconds / scorings, self._seconds / self._scorings)
 
     @property
-    def now(self) -> float:
-        """The clock's time."""
-        return self._now()
+    def left(self) -> float:
+        """Seconds that are left, by this rank's clock; below 0 when time is over."""
+        return self._end - self._now()

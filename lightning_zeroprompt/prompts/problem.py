@@ -51,18 +51,17 @@ class Donors:
     profiles: tuple[TaskProfile, ...]
     indices: dict[str, int]
 
-    def near(self, pool: ExamplePool, count: int) -> list[Candidate]:
-        """Prompts of the tasks nearest to a pool's, the nearest first; no labels are read.
+    def prompts(self, tasks: Sequence[Neighbour]) -> list[Candidate]:
+        """Prompts of some of the tasks, in their order, first templates before second ones."""
+        return gather_donors({near.task_id: _templates(self.corpus, self.indices[near.task_id]) for near in tasks})
+
+    def nearest(self, pool: ExamplePool, count: int) -> list[Neighbour]:
+        """The tasks nearest to a pool's, the nearest first; no labels are read.
 
         Args:
             pool: Examples to compare by.
-            count: Tasks that lend; 0 for none.
+            count: How many; 0 for none.
         """
-        found = self.neighbours(pool, count)
-        return gather_donors({near.task_id: _templates(self.corpus, self.indices[near.task_id]) for near in found})
-
-    def neighbours(self, pool: ExamplePool, count: int) -> list[Neighbour]:
-        """The nearest tasks."""
         if not count or not self.profiles:
             return []
         examples = [pool.example(row) for row in range(min(len(pool), _PROFILED))]
@@ -137,6 +136,7 @@ def build_problem(
     neighbours: int = 8,
     test_rows: Sequence[int] | npt.NDArray[np.int64] | None = None,
     soft_prompts: Sequence[str] = (),
+    lend_soft_prompts: bool = False,
 ) -> SearchProblem:
     """Cut a task into parts and gather its first prompts.
 
@@ -149,7 +149,8 @@ def build_problem(
         seed: Of the parts.
         neighbours: Nearest tasks that lend their prompts.
         test_rows: The test part, where it comes from another source.
-        soft_prompts: Sources of soft prompts to choose from.
+        soft_prompts: Sources of soft prompts to choose from, beside the run's default.
+        lend_soft_prompts: Whether the nearest tasks, by their ids, are such sources too.
 
     Raises:
         PoolError: The pool cannot be cut so.
@@ -162,11 +163,15 @@ def build_problem(
     hidden = pool if mode != "zero_label" else pool.with_labels(np.full(len(pool), UNLABELLED))
     ordered = parts.search[_balanced(hidden.label[parts.search], seed)]
     search = hidden.select(ordered)
-    near = [] if donors is None else donors.near(search, neighbours)
+    tasks = [] if donors is None else donors.nearest(search, neighbours)
+    near = [] if donors is None else donors.prompts(tasks)
+    sources = [*soft_prompts, *(task.task_id for task in tasks if lend_soft_prompts)]
     start = start_population(pool.templates, near, population)
     own = [candidate for candidate in start if candidate.origin.startswith("template ")]
     has_options = pool.kind == "choice"
-    material = gather_material(own, near, labels=pool.labels, soft_prompts=soft_prompts, has_options=has_options)
+    material = gather_material(
+        own, near, labels=pool.labels, soft_prompts=["", *sources] if sources else (), has_options=has_options
+    )
     return SearchProblem(
         name=pool.name,
         parts=parts,
