@@ -9,8 +9,8 @@ confirm parts and touches the test parts, once.
 Where the model is: on one device it is called as it is; under data parallelism, and under ``zeropp``, which gathers the
 whole model on every rank for an evaluation, the ranks share the scoring batches; a model that FSDP2 shards is called by
 all ranks on all batches, as its collectives need. Every rank makes the same decisions from the same scores: random
-numbers are the search's own, answers of text models and decisions by the clock are rank 0's, and after each round the
-ranks compare what they have.
+numbers are the search's own, answers of text models and decisions by the clock are rank 0's, and after each
+generation the ranks compare what they have.
 
 DEAP and matplotlib are imported when a search begins, not with this file.
 """
@@ -87,7 +87,8 @@ class GeneticPromptSearch(pl.Callback):
         continuation_model: Folder of a language model, for GPS's sentence continuation.
         translation_models: Folders of two models, for back-translation.
         max_prompt_tokens: Most tokens of a prompt's literal text.
-        max_tokens: Padded tokens of a scoring batch.
+        max_tokens: Padded tokens of a scoring batch; ranks share the batches of a block, so it has to be small enough
+            for some batches a rank.
         seed: Of parts, choice of tasks and search.
         folder: In place of the run folder, which is the first logger's, or the Trainer's ``default_root_dir``.
 
@@ -328,10 +329,10 @@ class GeneticPromptSearch(pl.Callback):
                 step,
                 time_budget=self._time_budget,
                 decide=lambda answer: bool(strategy.broadcast(answer)),
-                on_generation=lambda search: self._log_generation(trainer, search),
+                on_generation=lambda search: self._end_generation(trainer, search),
             )
             self.records = make_records(self._searches, with_test=with_test)
-        self._compare_ranks()
+        _compare_ranks(self.records)
         folder = Path(self._folder or trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
             data: TaskDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -339,24 +340,9 @@ class GeneticPromptSearch(pl.Callback):
             self._log_records(trainer, step)
         strategy.barrier("prompts")
 
-    def _compare_ranks(self) -> None:
-        """Refuse to go on where ranks have found different prompts.
-
-        Raises:
-            RuntimeError: They have.
-        """
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        mine = hashlib.sha256(json.dumps(self.records).encode()).hexdigest()
-        everyone: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        if len(set(everyone)) > 1:
-            raise RuntimeError(
-                f"the ranks have found different prompts ({[digest[:8] for digest in everyone]}): their models or data "
-                "differ; check that all start from the same weights and corpus"
-            )
-
-    def _log_generation(self, trainer: pl.Trainer, search: PromptSearch) -> None:
+    def _end_generation(self, trainer: pl.Trainer, search: PromptSearch) -> None:
+        # Ranks that go different ways would soon wait for each other in different messages.
+        _compare_ranks([[one.key, one.mean] for one in search.population])
         entry = search.history[-1] if search.history else {}
         for logger in _tensorboards(trainer):
             for name in ("best", "median", "mean", "manual", "diversity"):
@@ -376,6 +362,24 @@ class GeneticPromptSearch(pl.Callback):
                         value = confirm[name]["outcome"]
                         logger.experiment.add_scalar(f"prompts/{record['task']}/confirm_{name}", value, step)
             logger.experiment.add_figure("prompts", draw_searches(self.records), step)
+
+
+def _compare_ranks(found: Any) -> None:
+    """Refuse to go on where ranks have found different things.
+
+    Raises:
+        RuntimeError: They have.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    mine = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    everyone: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if len(set(everyone)) > 1:
+        raise RuntimeError(
+            f"the ranks have found different prompts ({[digest[:8] for digest in everyone]}): their models or data "
+            "differ; check that all start from the same weights and corpus"
+        )
 
 
 def _tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
