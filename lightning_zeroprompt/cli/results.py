@@ -5,7 +5,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_zeroprompt.callbacks import GeneticPromptSearch
 from lightning_zeroprompt.data.datamodule import TaskDataModule
 from lightning_zeroprompt.data.evaluation import EvaluationDataset
 from lightning_zeroprompt.metrics.summary import EvaluationSummary
 from lightning_zeroprompt.models.module import Text2TextModule
+from lightning_zeroprompt.prompts.report import prompts_table
 from lightning_zeroprompt.report import results_table, write_results
 
-__all__ = ["TensorBoardReport", "print_results", "save_results"]
+__all__ = ["TensorBoardReport", "print_prompts", "print_records", "print_results", "save_results"]
 
 _FINAL = "final/heldout_normalised"
 
@@ -152,8 +154,7 @@ def print_results(
         untrained: Scores before training, where known.
     """
     shuffled = module.summaries[1] if len(module.summaries) > 1 else None
-    # Beside a terminal (a log file, a pipe) rich would take 80 columns and cut the table's.
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = _console()
     console.print(results_table(module.summaries[0], untrained=untrained, shuffled=shuffled))
     data = results["config"]["data"]
     lengths = f"encoder_length={data['encoder_length']} and decoder_length={data['decoder_length']}"
@@ -167,3 +168,28 @@ def print_results(
     console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False)
     if (folder / "tensorboard").is_dir():
         console.print(f"Curves:     tensorboard --logdir {shlex.quote(str(folder))}", soft_wrap=True, highlight=False)
+
+
+def print_prompts(trainer: pl.Trainer) -> None:
+    """Print what searches of prompts have found, if the trainer has made any.
+
+    Args:
+        trainer: Of the run.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GeneticPromptSearch) and callback.records:
+            print_records(callback.records)
+
+
+def print_records(records: Sequence[Mapping[str, Any]]) -> None:
+    """Print results of searches: manual prompt, evolved prompt, scores, kept or fell back.
+
+    Args:
+        records: One a task.
+    """
+    _console().print(prompts_table(records))
+
+
+def _console() -> Console:
+    # Beside a terminal (a log file, a pipe) rich would take 80 columns and cut the tables.
+    return Console(width=None if sys.stdout.isatty() else 110)

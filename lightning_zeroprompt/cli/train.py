@@ -42,7 +42,7 @@ from lightning_zeroprompt.cli.config import (
     run_in_fresh_process,
     write_atomically,
 )
-from lightning_zeroprompt.cli.results import TensorBoardReport, print_results, save_results
+from lightning_zeroprompt.cli.results import TensorBoardReport, print_prompts, print_results, save_results
 
 __all__ = ["main", "train"]
 
@@ -89,6 +89,7 @@ def train(config: DictConfig) -> None:
         results = save_results(folder, config, datamodule, module, trainer, untrained=untrained)
         report.finish(results)
         print_results(folder, results, module, untrained=untrained)
+        print_prompts(trainer)
     trainer.strategy.barrier("results")
 
 
