@@ -18,7 +18,6 @@ DEAP and matplotlib are imported when a search begins, not with this file.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -39,12 +38,12 @@ from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
 from lightning_zeroprompt.data.datamodule import TaskDataModule
 from lightning_zeroprompt.data.evaluation import EvaluationBatch, EvaluationDataset
 from lightning_zeroprompt.data.permutation import permute, stream_key
-from lightning_zeroprompt.models.prompt_transfer import prompt_numbers
+from lightning_zeroprompt.models.prompt_transfer import prompt_numbers, prompt_sources
 from lightning_zeroprompt.models.t5 import T5
 from lightning_zeroprompt.prompts.encoding import EncodingSettings
 from lightning_zeroprompt.prompts.forward import Forward, ShardedForward, T5Forward
 from lightning_zeroprompt.prompts.parts import Mode
-from lightning_zeroprompt.prompts.pool import ExamplePool, PoolError
+from lightning_zeroprompt.prompts.pool import PoolError
 from lightning_zeroprompt.prompts.settings import SearchSettings, Selection
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 
@@ -229,20 +228,16 @@ class GeneticPromptSearch(pl.Callback):
             search.load_state_dict(saved["searches"][name])
 
     def _problems(self, module: pl.LightningModule, data: TaskDataModule) -> Iterator[SearchProblem]:
-        from lightning_zeroprompt.prompts.problem import build_problem, corpus_donors
+        from lightning_zeroprompt.prompts.problem import build_problem, corpus_donors, corpus_pool
 
         corpus, trained = data.corpus, set(data.task_indices)
         donors = corpus_donors(corpus, data.task_indices) if self._neighbours else None
         soft_prompts = getattr(getattr(module, "soft_prompt_settings", None), "mode", "none")
         found, refused = 0, ""
         for task in self._chosen(corpus, trained):
-            pool = ExamplePool.from_corpus(corpus, task)
-            if self._wordings != "all":
-                kept = tuple(template for template in pool.templates if template.role == self._wordings)
-                pool = dataclasses.replace(pool, templates=kept)
             try:
                 problem = build_problem(
-                    pool,
+                    corpus_pool(corpus, task, self._wordings),
                     donors,
                     population=self._settings.population,
                     mode=self._mode,
@@ -267,8 +262,9 @@ class GeneticPromptSearch(pl.Callback):
 
     def _chosen(self, corpus: Corpus, trained: set[int]) -> list[TaskInfo]:
         """The tasks to search, or all that are eligible in a seeded order."""
-        families = {corpus.tasks[index].family for index in trained}
-        heldout = [task for task in corpus.tasks if task.index not in trained and task.family not in families]
+        from lightning_zeroprompt.prompts.problem import heldout_tasks, named_tasks
+
+        heldout = heldout_tasks(corpus, [corpus.tasks[index] for index in sorted(trained)])
         if isinstance(self._tasks, int):
             order = permute(len(heldout), stream_key(self._seed, "searched tasks"), np.arange(len(heldout)))
             # In a category that is trained on there is something to find.
@@ -276,16 +272,7 @@ class GeneticPromptSearch(pl.Callback):
             return sorted(
                 (heldout[place] for place in order.tolist()), key=lambda task: task.category not in categories
             )
-        known = {task.task_id: task for task in heldout}
-        missing = [name for name in self._tasks if name not in known]
-        if missing:
-            is_there = any(task.task_id == missing[0] for task in corpus.tasks)
-            why = "is trained on, or shares a family with a task that is" if is_there else "is unknown"
-            raise ValueError(
-                f"task {missing[0]!r} {why}; {len(known)} tasks of {corpus.path} are held out, such as "
-                f"{sorted(known)[:3]}"
-            )
-        return [known[name] for name in self._tasks]
+        return named_tasks(corpus, heldout, self._tasks)
 
     def _operators(self, trainer: pl.Trainer, data: TaskDataModule) -> OperatorSet:
         from lightning_zeroprompt.prompts.rounds import build_operators
@@ -391,11 +378,9 @@ def _tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
 def _soft_prompts(module: pl.LightningModule, data: TaskDataModule, task: str) -> dict[str, int]:
     """Number of every source of soft prompts; what an evaluation gives the task is the default."""
     settings = getattr(module, "soft_prompt_settings", None)
-    if settings is None or settings.mode == "none":
+    if settings is None:
         return {"": 0}
-    if settings.mode == "shared":
-        return {"": 0, "shared": 1}
-    numbers = {data.corpus.tasks[index].task_id: place + 1 for place, index in enumerate(data.task_indices)}
+    numbers = prompt_sources(settings.mode, [data.corpus.tasks[index].task_id for index in data.task_indices])
     default = 0
     if settings.unseen != "none" and data.evaluation is not None:
         dataset = data.evaluation(data.corpus, data.task_indices, num_replicas=1, rank=0)[0]

@@ -4,7 +4,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra.errors import HydraException, InstantiationException
@@ -18,6 +18,7 @@ __all__ = [
     "fresh_process",
     "read_config",
     "report_user_errors",
+    "run_config",
     "run_in_fresh_process",
     "write_atomically",
 ]
@@ -75,6 +76,32 @@ def read_config(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path} holds a list, not a configuration; give the {RESOLVED} of a run folder")
     return config
+
+
+def run_config(config: DictConfig, groups: Sequence[str] = ()) -> DictConfig:
+    """The configuration of the run that a checkpoint is of.
+
+    Args:
+        config: A composed configuration with ``checkpoint``, ``run`` and ``paths``.
+        groups: Groups to take from it in place of the run's.
+
+    Raises:
+        ValueError: There is no run folder with a configuration.
+    """
+    folder = Path(config.run) if config.run is not None else Path(config.checkpoint).parent.parent
+    if not (folder / RESOLVED).is_file():
+        raise ValueError(
+            f"{folder} has no {RESOLVED}, so the tasks that {config.checkpoint} was trained on are unknown; "
+            "give run=FOLDER, the folder of the training run"
+        )
+    run = read_config(folder / RESOLVED)
+    for key in ("checkpoint", *groups):
+        run[key] = config[key]
+    if Path(config.checkpoint).is_dir():
+        run.init_from = config.checkpoint
+    run.paths.output_dir = config.paths.output_dir
+    run.callbacks, run.logger = None, None
+    return run
 
 
 def run_in_fresh_process(module: str, config: DictConfig, folder: Path) -> None:

@@ -4,6 +4,7 @@
     zeroprompt-eval checkpoint=runs/train/DATE/checkpoints/last.ckpt
     zeroprompt-eval checkpoint=... eval.examples_per_task=null eval.shuffled=true
     zeroprompt-eval checkpoint=... corpus=COMPILED_FOLDER
+    zeroprompt-eval checkpoint=... prompts=runs/search/DATE/prompts.json
 
 What was trained on, and on which corpus, is read from the ``config.yaml`` of the checkpoint's run folder;
 ``run=FOLDER`` names that folder where the checkpoint lies elsewhere.
@@ -24,36 +25,12 @@ from lightning_zeroprompt.cli.build import (
     quieten,
 )
 from lightning_zeroprompt.cli.checkpoints import load_module
-from lightning_zeroprompt.cli.config import RESOLVED, config_dir, read_config, report_user_errors, write_atomically
+from lightning_zeroprompt.cli.config import RESOLVED, config_dir, report_user_errors, run_config, write_atomically
+from lightning_zeroprompt.cli.prompts import evaluate_prompts
 from lightning_zeroprompt.cli.results import print_results, save_results
 from lightning_zeroprompt.data.corpus import Corpus
 
 __all__ = ["evaluate", "main"]
-
-
-def run_config(config: DictConfig) -> DictConfig:
-    """The training run's configuration with the evaluation's own groups in place of the run's.
-
-    Args:
-        config: A composed configuration of ``conf/eval.yaml``.
-
-    Raises:
-        ValueError: There is no run folder with a configuration.
-    """
-    folder = Path(config.run) if config.run is not None else Path(config.checkpoint).parent.parent
-    if not (folder / RESOLVED).is_file():
-        raise ValueError(
-            f"{folder} has no {RESOLVED}, so the tasks that {config.checkpoint} was trained on are unknown; "
-            "give run=FOLDER, the folder of the training run"
-        )
-    run = read_config(folder / RESOLVED)
-    for key in ("checkpoint", "eval", "trainer", "strategy"):
-        run[key] = config[key]
-    if Path(config.checkpoint).is_dir():
-        run.init_from = config.checkpoint
-    run.paths.output_dir = config.paths.output_dir
-    run.callbacks, run.logger = None, None
-    return run
 
 
 def evaluate(config: DictConfig) -> None:
@@ -63,8 +40,11 @@ def evaluate(config: DictConfig) -> None:
         config: A composed configuration of ``conf/eval.yaml``.
     """
     quieten()
+    if config.prompts is not None:
+        evaluate_prompts(config)
+        return
     folder = Path(config.paths.output_dir)
-    merged = run_config(config)
+    merged = run_config(config, ("eval", "trainer", "strategy"))
     check_keys(merged)
     pl.seed_everything(merged.seed, workers=True, verbose=False)
     own = open_corpus(merged)

@@ -20,7 +20,7 @@ from lightning_zeroprompt.data.join import join_templates
 from lightning_zeroprompt.models.soft_prompt import mean_encoding, mean_weights, retrieval_weights
 from lightning_zeroprompt.models.t5 import T5
 
-__all__ = ["encode_tasks", "mix_unseen_prompts", "prompt_numbers", "unseen_tasks"]
+__all__ = ["encode_tasks", "mix_unseen_prompts", "prompt_numbers", "prompt_sources", "unseen_tasks"]
 
 _BATCH = 64
 
@@ -115,3 +115,15 @@ def mix_unseen_prompts(
     prompt.keys.copy_(encode_tasks(model, dataset.corpus, training_tasks))
     queries = encode_tasks(model, dataset.corpus, unseen_tasks(dataset.plan, training_tasks))
     prompt.set_unseen(prompt.mix(retrieval_weights(queries, prompt.keys, top_k=top_k, temperature=0.1)))
+
+
+def prompt_sources(mode: str, task_ids: Sequence[str]) -> dict[str, int]:
+    """Numbers of the soft prompts that a prompt may name; ``""`` is no soft prompt.
+
+    Args:
+        mode: Of the model's soft prompts: ``"none"``, ``"shared"`` or ``"per_task"``.
+        task_ids: Training tasks in the order of the mixture.
+    """
+    if mode == "shared":
+        return {"": 0, "shared": 1}
+    return {"": 0} | ({task: place + 1 for place, task in enumerate(task_ids)} if mode == "per_task" else {})

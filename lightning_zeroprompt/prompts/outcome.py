@@ -17,6 +17,7 @@ from lightning_zeroprompt.prompts.fitness import PromptScores
 from lightning_zeroprompt.prompts.lineage import ancestors
 from lightning_zeroprompt.prompts.operators import Candidate
 from lightning_zeroprompt.prompts.pool import ExamplePool
+from lightning_zeroprompt.prompts.problem import rows_fingerprint
 from lightning_zeroprompt.prompts.search import PromptSearch
 from lightning_zeroprompt.prompts.significance import bootstrap_interval
 
@@ -106,6 +107,7 @@ def search_record(search: PromptSearch, choice: Choice, *, with_test: bool) -> d
         "scores": scores | {"test": _tested(search, choice) if with_test else None},
         "rows": {name: len(getattr(parts, name)) for name in ("search", "confirm", "test")},
         "k": parts.k,
+        "test_rows": rows_fingerprint(problem.test),
         "seeds": {"parts": parts.seed, "search": search.settings.seed},
         "chance": _chance(problem.test),
         "model_step": search.step,

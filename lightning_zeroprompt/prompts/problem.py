@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from lightning_zeroprompt.data.corpus import Corpus
+from lightning_zeroprompt.data.corpus import Corpus, TaskInfo
 from lightning_zeroprompt.data.permutation import permute, stream_key
 from lightning_zeroprompt.data.task import PromptTemplate
 from lightning_zeroprompt.prompts.neighbours import (
@@ -32,9 +32,64 @@ from lightning_zeroprompt.prompts.parts import Mode, Parts, choose_parts
 from lightning_zeroprompt.prompts.pool import UNLABELLED, ExamplePool
 from lightning_zeroprompt.prompts.population import gather_donors, gather_material, start_population
 
-__all__ = ["Donors", "SearchProblem", "build_problem", "corpus_donors"]
+__all__ = [
+    "Donors",
+    "SearchProblem",
+    "build_problem",
+    "corpus_donors",
+    "corpus_pool",
+    "heldout_tasks",
+    "named_tasks",
+    "rows_fingerprint",
+]
 
 _PROFILED = 16
+
+
+def heldout_tasks(corpus: Corpus, trained: Sequence[TaskInfo]) -> list[TaskInfo]:
+    """Tasks of a corpus that share neither id nor family with what was trained on.
+
+    Args:
+        corpus: The corpus to search in.
+        trained: Training tasks, of this corpus or another one.
+    """
+    ids, families = {task.task_id for task in trained}, {task.family for task in trained}
+    return [task for task in corpus.tasks if task.task_id not in ids and task.family not in families]
+
+
+def named_tasks(corpus: Corpus, heldout: Sequence[TaskInfo], names: Sequence[str]) -> list[TaskInfo]:
+    """Held-out tasks by their ids.
+
+    Args:
+        corpus: Where they are.
+        heldout: Of :func:`heldout_tasks`.
+        names: Ids.
+
+    Raises:
+        ValueError: One is unknown or not held out.
+    """
+    known = {task.task_id: task for task in heldout}
+    missing = [name for name in names if name not in known]
+    if missing:
+        is_there = any(task.task_id == missing[0] for task in corpus.tasks)
+        why = "is trained on, or shares a family with a task that is" if is_there else "is unknown"
+        raise ValueError(
+            f"task {missing[0]!r} {why}; {len(known)} tasks of {corpus.path} are held out, such as {sorted(known)[:3]}"
+        )
+    return [known[name] for name in names]
+
+
+def corpus_pool(corpus: Corpus, task: TaskInfo, wordings: str = "all") -> ExamplePool:
+    """All rows of a corpus' task, with its templates of a role as the manual prompts.
+
+    Args:
+        corpus: Where it is.
+        task: The task.
+        wordings: ``"train"``, ``"heldout"`` or ``"all"``.
+    """
+    pool = ExamplePool.from_corpus(corpus, task)
+    kept = tuple(template for template in pool.templates if wordings in ("all", template.role))
+    return dataclasses.replace(pool, templates=kept)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,6 +178,11 @@ class SearchProblem:
         prompts = [candidate.genome.fingerprint for candidate in self.start]
         record = [self.name, self.parts.mode, self.parts.k, self.parts.seed, parts, keys, prompts]
         return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
+def rows_fingerprint(pool: ExamplePool) -> str:
+    """Sha256 hex of a pool's inputs in their order."""
+    return hashlib.sha256(b"".join(pool.input_keys())).hexdigest()
 
 
 def build_problem(
