@@ -44,12 +44,26 @@ def test_reading_a_corpus_loads_no_framework():
     assert not loaded(names) & {"torch", "lightning", "datasets", "pyarrow", "hydra", "transformers", "deap"}
 
 
+def test_choosing_and_judging_prompts_loads_no_framework():
+    parts = ("pool", "parts", "racing", "significance", "confirm")
+    names = "\n".join(f"import lightning_zeroprompt.prompts.{part}" for part in parts)
+    assert not loaded(names) & {"torch", "lightning", "datasets", "pyarrow", "hydra", "transformers", "deap"}
+
+
 HEAVY = {"datasets", "pyarrow", "hydra", "omegaconf", "transformers", "deap", "matplotlib", "pandas", "sklearn"}
 
 
 def test_the_library_adds_no_heavy_import_to_lightnings_own():
     theirs = loaded("import lightning.pytorch, torchmetrics")
-    parts = ("data.corpus", "data.mixture", "data.datamodule", "data.evaluation", "models.module", "models.hf")
+    parts = (
+        "data.corpus",
+        "data.mixture",
+        "data.datamodule",
+        "data.evaluation",
+        "models.module",
+        "models.hf",
+        "prompts.fitness",
+    )
     names = "\n".join(f"import lightning_zeroprompt.{part}" for part in (*parts, "metrics", "callbacks"))
     ours = loaded(names)
     assert "lightning" in ours
