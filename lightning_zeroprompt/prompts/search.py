@@ -32,7 +32,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import functools
 import random
 import statistics
 import time
@@ -58,11 +57,6 @@ __all__ = ["PromptSearch", "Scored"]
 
 _TRIES = 3
 _FORMAT = 1
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _fingerprint(genome: PromptGenome) -> str:
-    return genome.fingerprint
 
 
 class _Place(base.Fitness):  # type: ignore[misc] # DEAP has no types
@@ -100,7 +94,7 @@ class Scored:
     @property
     def key(self) -> str:
         """The prompt's fingerprint."""
-        return _fingerprint(self.candidate.genome)
+        return self.candidate.genome.fingerprint
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scored":
         # The hall of fame copies what enters it; candidates never change.

@@ -3,47 +3,64 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_zeroprompt.data.sources.table import read_table
+from lightning_zeroprompt.data.sources.table import read_examples
 from lightning_zeroprompt.data.task import Example, TaskError
 
 
-def test_a_csv_keeps_texts_as_they_are(tmp_path):
-    path = tmp_path / "own.csv"
-    path.write_text('text,label,more\n"a, ""b""\nc",1,x\n 007,0,\nNA,,y\n')
-    found = read_table(path, input_column="text", output_column="label", options=["0", "1"])
-    assert found == [
-        Example(input='a, "b"\nc', outputs=("1",), options=("0", "1"), fields={"more": "x"}),
-        Example(input=" 007", outputs=("0",), options=("0", "1"), fields={"more": ""}),
-        Example(input="NA", outputs=(), options=("0", "1"), fields={"more": "y"}),
+def write(tmp_path, text):
+    file = tmp_path / "task.csv"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_csv_is_read_as_text_with_fields_and_unlabelled_rows(tmp_path):
+    file = write(tmp_path, 'input,source,output\n"two\nlines, here",1.50,yes\n007,,\n')
+    assert read_examples(file, labels=["yes", "no"]) == [
+        Example(input="two\nlines, here", outputs=("yes",), options=("yes", "no"), fields={"source": "1.50"}),
+        Example(input="007", outputs=(), options=("yes", "no"), fields={"source": ""}),
+    ]
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("input,output\ncaf\u00e9,x\n".encode("latin-1"))
+    with pytest.raises(TaskError, match="could not be read"):
+        read_examples(latin)
+    free = read_examples(write(tmp_path, "q,a\nwhy,because\n"), input_column="q", output_column="a")
+    assert free == [Example(input="why", outputs=("because",))]
+
+
+def test_a_parquet_file_may_hold_lists(tmp_path):
+    file = tmp_path / "task.parquet"
+    columns = {"text": ["a", "b"], "right": [["x", "y"], None], "choices": [["x", "z"], ["p", "q", "r"]]}
+    pq.write_table(pa.table(columns), file)
+    assert read_examples(file, input_column="text", output_column="right", options_column="choices") == [
+        Example(input="a", outputs=("x", "y"), options=("x", "z")),
+        Example(input="b", outputs=(), options=("p", "q", "r")),
     ]
 
 
-def test_options_of_each_row_and_several_outputs(tmp_path):
-    (tmp_path / "own.tsv").write_text("input\toutput\tchoices\nq\tb;c\ta; b ;c\n")
-    (found,) = read_table(tmp_path / "own.tsv", options="choices", separator=";")
-    assert found == Example(input="q", outputs=("b", "c"), options=("a", "b", "c"))
-    table = pa.table({"input": ["q"], "output": [["b", "c"]], "choices": [["a", "b", "c"]]})
-    pq.write_table(table, tmp_path / "own.parquet")
-    assert read_table(tmp_path / "own.parquet", options="choices") == [found]
-    (free,) = read_table(tmp_path / "own.tsv", output_column="none")
-    assert free == Example(input="q", outputs=(), fields={"output": "b;c", "choices": "a; b ;c"})
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "more", "match"),
+    ("text", "settings", "wording"),
     [
-        ("a.txt", "x", {}, "no .csv, .tsv or .parquet file"),
-        ("a.csv", None, {}, "could not be read"),
-        ("a.csv", "", {}, "could not be read"),
-        ("a.parquet", "x", {}, "could not be read"),
-        ("a.csv", "text\nx\n", {}, "has no column 'input'; it has 'text'"),
-        ("a.csv", "input\nx\n", {"options": "choices"}, "has no column 'choices'"),
-        ("a.csv", "input,output\nx,y\n ,z\n", {}, "row 1: the column 'input' is empty"),
+        ("text,output\na,b\n", {}, "no column input; it has text, output"),
+        ("input,output\n,b\n", {}, "row 0: column 'input' is empty"),
+        ("input,output\na,\n", {}, "row 0 has neither an answer nor options"),
+        ("input,output,my field\na,b,c\n", {}, "column 'my field' cannot be"),
+        ("input,output,options\na,b,c\n", {}, "column 'options' cannot be"),
+        ("input,output,o\na,b,c\n", {"options_column": "o"}, "is 'c'; give a list"),
+        ("input,output\na,b\n", {"options_column": "output", "labels": ["b"]}, "both given"),
+        ("input,output\n", {}, "no rows"),
+        ("", {}, "could not be read"),
+        ("input,output\na,b,c\n", {}, "could not be read"),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path, name, content, more, match):
-    path = tmp_path / name
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(TaskError, match=match):
-        read_table(path, **more)
+def test_bad_files_are_refused(tmp_path, text, settings, wording):
+    with pytest.raises(TaskError, match=wording):
+        read_examples(write(tmp_path, text), **settings)
+
+
+def test_a_file_that_is_not_there_or_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(TaskError, match="no file"):
+        read_examples(tmp_path / "none.csv")
+    other = tmp_path / "task.xlsx"
+    other.write_bytes(b"x")
+    with pytest.raises(TaskError, match=r"ends in '\.xlsx'"):
+        read_examples(other)
