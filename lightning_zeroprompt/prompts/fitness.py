@@ -153,6 +153,10 @@ class PromptScorer:
         """For each prompt the reason for refusing it before the model sees it, or None."""
         return tuple(entry if isinstance(entry, str) else None for entry in self._prepare(prompts))
 
+    def num_tokens(self, prompts: Sequence[PromptGenome]) -> tuple[int, ...]:
+        """For each prompt the tokens of its literal text; 0 where it is refused."""
+        return tuple(0 if isinstance(entry, str) else entry.num_tokens for entry in self._prepare(prompts))
+
     def num_new(self, prompts: Sequence[PromptGenome], rows: Sequence[int] | _Ints | None = None) -> int:
         """Pairs that :meth:`score` would have the model score: what the call would cost of a budget."""
         chosen = self._rows(rows)

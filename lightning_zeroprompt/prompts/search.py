@@ -77,7 +77,7 @@ class Scored:
 
     Attributes:
         candidate: The prompt and its origin.
-        tokens: Length of its text.
+        tokens: Length of its literal text.
         age: Changes of the model since it was made or last was in the elite.
         seen: Examples of the search part that it was scored on in its last race.
         mean: Mean fitness over them.
@@ -358,7 +358,7 @@ class PromptSearch:
         return [one for one, reason in zip(individuals, reasons, strict=True) if reason is None]
 
     def _lengths(self, genomes: Sequence[PromptGenome]) -> list[int]:
-        return [len(ids) for ids in self.problem.search.tokenizer.encode_batch([genome.text for genome in genomes])]
+        return list(self.scorers["search"].num_tokens(genomes))
 
     def _race(self, racing: Sequence[Scored], clock: TimeBudget | None) -> bool:
         """Race, and let the best survive; whether the race came to its end with a survivor."""
@@ -370,10 +370,10 @@ class PromptSearch:
 
         def score(candidates: Sequence[int], rows: range) -> Any:
             individuals = [racing[index] for index in candidates]
-            price, since = cost(candidates, rows), time.perf_counter()
+            before, since = scorer.counts.scored, time.perf_counter()
             values = self._toolbox.map(self._toolbox.evaluate, individuals, rows)
             if clock is not None:
-                clock.took(price, time.perf_counter() - since)
+                clock.took(scorer.counts.scored - before, time.perf_counter() - since)
             return values
 
         def is_late() -> bool:

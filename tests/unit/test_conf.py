@@ -250,7 +250,8 @@ def check_run(folder, num_tasks, steps=3):
 @pytest.mark.slow
 def test_experiment_demo_runs(tmp_path, compiled_dir):
     paths = (f"paths.output_dir={tmp_path}", f"paths.compiled_dir={compiled_dir}")
-    assert run_ranks(composed("train", "experiment=demo", *FEW, *BUILTIN, *paths, "eval.levels=[category]")) == 0
+    few = ("callbacks.prompt_search.k=4", "callbacks.prompt_search.generations=1")
+    assert run_ranks(composed("train", "experiment=demo", *FEW, *BUILTIN, *paths, *few, "eval.levels=[category]")) == 0
     found = check_run(tmp_path, 1000)
     assert (found["strategy"], found["world_size"]) == ("ZeroPPStrategy", 2)
     assert found["model"]["size"] == "nano"
