@@ -13,9 +13,9 @@ the same model and parts of the rows:
 * ``first``: the best of the first prompts; no search.
 
 Each way's choice is the prompt that is best on the search part by its own measure, compared on the test part with the
-manual prompt that is best there by fitness: ``raw``. ``confirmed`` is that choice where the confirm part confirms it,
-else the manual prompt. Tasks are counted whose best manual prompt beats chance on the test part with 95 % confidence.
-Peers run in the same process on the same scores' cache rules. One JSON object is printed last.
+manual prompt that is best on the search part (by accuracy, then fitness): ``raw``. ``confirmed`` is that choice where
+the confirm part confirms it, else the manual prompt. Tasks are counted whose best manual prompt beats chance on the
+test part with 95 % confidence. All ways run in this process. One JSON object is printed last.
 """
 
 import argparse
@@ -214,7 +214,7 @@ def main() -> None:
                 search = PromptSearch(problem, forward, operators, settings, encoding)
                 run_round({"task": search}, 1)
                 manual, scorer = search.manual.genome, search.scorers["search"]
-                choices[way] = search.hall[0].candidate.genome
+                choices[way] = next((one.genome for one in search.finalists()), manual)
             elif way == "random":
                 choices[way] = random_search(scorer, problem, operators, args.budget, args.seed)
             elif way == "gps":
