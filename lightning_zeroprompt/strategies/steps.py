@@ -211,7 +211,12 @@ class PipelineSteps:
         """
         own = getattr(self._module, "loss_weight", None)
         device, groups = self._pipeline.device, self._pipeline.groups
-        weights = [torch.as_tensor(own(part) if own else batch_rows(part), device=device).detach() for part in parts]
+        given = [own(part) if own else batch_rows(part) for part in parts]
+        # Filled on the device: a number that is copied there is waited for.
+        weights = [
+            weight.detach().to(device) if isinstance(weight, Tensor) else torch.full((), weight, device=device)
+            for weight in given
+        ]
         total = torch.stack([weight.double() for weight in weights]).sum()
         if own and groups.layout.data > 1:
             dist.all_reduce(total, group=groups.data)
