@@ -260,11 +260,16 @@ def test_gradients_in_bfloat16(data):
 
 @pytest.mark.parametrize("data", SHARED)
 def test_memory_does_not_grow_in_200_steps(data):
-    """By less than 1 MiB; the activations of one micro-batch in a layer are more."""
+    """By less than 1 MiB; the activations of one micro-batch in a layer are more.
+
+    Peaks differ by the messages that have not gone yet, which depends on times: at most all of a step's, both ways. One
+    that were lost a step would make 180 of them.
+    """
+    message = 2 * LENGTH * WIDTH * 4
     for found in run_distributed(growth, RANKS, "cuda", data, 200, timeout=300):
         for (early, early_peak), (late, late_peak) in found.values():
             assert late - early < 2**20, found
-            assert late_peak - early_peak < 2**20, found
+            assert late_peak - early_peak <= 2 * MICRO_BATCHES * message, found
 
 
 @pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")
