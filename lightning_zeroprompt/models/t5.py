@@ -23,6 +23,7 @@ A CPU has no fused kernel for a learned bias: short rows are fastest there (nano
 """
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -259,8 +260,9 @@ class T5(nn.Module):
         eos_id: int = 1,
         pad_id: int = 0,
         stop_early: bool = True,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Decode greedily, one example a row, keys and values cached.
+        """Decode greedily, or as ``choose`` says, one example a row, keys and values cached.
 
         Args:
             input_ids: ``[B, Le]`` int64.
@@ -272,6 +274,7 @@ class T5(nn.Module):
             pad_id: Starts the decoder, and fills rows after their end.
             stop_early: Stop when all rows have ended. Ranks that share a sharded model must not: each step gathers
                 weights, which all ranks have to do equally often.
+            choose: Picks the next tokens, ``[B]`` int64, from logits ``[B, vocab_size]``; the likeliest when None.
 
         Returns:
             ``[B, T]`` int64, T <= max_new_tokens: without the start token, eos included where a row has ended.
@@ -297,7 +300,8 @@ class T5(nn.Module):
             row = bias[:, :, position : position + 1, : position + 1]
             for index, layer in enumerate(layers):
                 x = layer.step(x, row, (cache[index, 0], cache[index, 1]), projected[index], cross_mask, position)
-            last = self.head(x[:, 0], self.shared.weight).argmax(-1).masked_fill(ended, pad_id)
+            logits: Tensor = self.head(x[:, 0], self.shared.weight)
+            last = (logits.argmax(-1) if choose is None else choose(logits)).masked_fill(ended, pad_id)
             tokens[:, position] = last
             ended |= last == eos_id
             if stop_early and bool(ended.all()):

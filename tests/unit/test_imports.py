@@ -44,6 +44,11 @@ def test_reading_a_corpus_loads_no_framework():
     assert not loaded(names) & {"torch", "lightning", "datasets", "pyarrow", "hydra", "transformers", "deap"}
 
 
+def test_what_evolves_loads_no_framework():
+    names = "import lightning_zeroprompt.prompts"
+    assert not loaded(names) & {"torch", "lightning", "datasets", "pyarrow", "hydra", "transformers", "deap"}
+
+
 HEAVY = {"datasets", "pyarrow", "hydra", "omegaconf", "transformers", "deap", "matplotlib", "pandas", "sklearn"}
 
 
