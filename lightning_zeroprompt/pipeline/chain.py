@@ -490,15 +490,17 @@ def _inside_checkpoint() -> bool:
     return frame is not None
 
 
-def find_chain(root: nn.Module) -> Chain:
+def find_chain(root: nn.Module, stages: int = 1) -> Chain:
     """Find what to cut into stages.
 
     In this order: what ``root.configure_pipeline()`` returns (``(target, blocks)`` or a list of blocks), the
-    ``nn.Sequential`` or ``nn.ModuleList`` with the most parameters; a Sequential is a target, a list's blocks have to
-    be called by user code one after another.
+    ``nn.Sequential`` or ``nn.ModuleList`` with the most parameters among those with a block for every stage, or among
+    all where none has (one inside another counts where it is most of that); a Sequential is a target, a list's blocks
+    have to be called by user code one after another.
 
     Args:
         root: A LightningModule, or any module.
+        stages: How many there will be at least.
 
     Raises:
         ValueError: If there is none, with the way out.
@@ -517,18 +519,23 @@ def find_chain(root: nn.Module) -> Chain:
                 f"it returned {type(answer).__name__}"
             )
         return Chain(root, blocks, target, "the blocks of configure_pipeline()")
-    best: tuple[int, str, nn.Module] | None = None
+    found: list[tuple[bool, int, str, nn.Module]] = []
+    sizes: dict[str, int] = {}
     for name, module in root.named_modules():
         if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) > 1 and module is not root:
             size = sum(parameter.numel() for parameter in module.parameters())
-            # The outermost of equals: a list inside a list is the same parameters once more.
-            if size and (best is None or size > best[0]):
-                best = (size, name, module)
-    if best is None:
+            parts = name.split(".")
+            around = max(sizes.get(".".join(parts[:count]), 0) for count in range(len(parts)))
+            sizes[name] = size
+            # What is less than half of a list around it is one layer's own, such as its experts.
+            if size:
+                found.append((len(module) >= stages and 2 * size > around, size, name, module))
+    if not found:
         raise ValueError(
             f"{type(root).__name__} has no nn.Sequential and no nn.ModuleList with parameters to cut into stages; say "
             "what to pipeline with configure_pipeline(), which returns (module, [block, ...])"
         )
-    _, name, module = best
+    # The outermost of equals, which comes first: a list inside a list is the same parameters once more.
+    _, _, name, module = max(found, key=lambda each: each[:2])
     blocks = list(module.children())
     return Chain(root, blocks, module if isinstance(module, nn.Sequential) else None, repr(name))

@@ -51,6 +51,16 @@ class ScheduleSettings:
                 f"unit={self.unit} with num_microbatches={self.num_microbatches}: a unit has at most all of them"
             )
 
+    def fewest_stages(self, ranks: int) -> int:
+        """Stages that there will be whatever the number of blocks; more where ``stages_per_rank`` is ``"auto"``.
+
+        Args:
+            ranks: P.
+        """
+        if self.stages_per_rank == "auto":
+            return 2 * ranks if self.name == "zbv" else ranks
+        return self.stages_per_rank * ranks
+
     def placement(self, ranks: int, blocks: int) -> Placement:
         """Where stages go, with all that can be wrong with the schedule found, whatever the batches will be.
 

@@ -344,7 +344,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
             self._adopt(cut_before)
             return
         self.precision_plugin.convert_module(module)
-        chain = find_chain(module)
+        chain = find_chain(module, self._settings.fewest_stages(self.groups.layout.pipeline))
         chain.checkpoint_blocks = self._activation_checkpointing
         self._warn_of_batch_norm(chain)
         placement = self._settings.placement(self.groups.layout.pipeline, len(chain))

@@ -81,6 +81,24 @@ def test_the_largest_sequential_or_list_is_found():
 
 
 @pytest.mark.parametrize(
+    ("stages", "expected"), [(1, "'wide'"), (2, "'wide'"), (3, "'deep'"), (4, "'deep'"), (5, "'wide'")]
+)
+def test_a_list_with_a_block_for_every_stage_is_preferred(stages, expected):
+    """And the largest of all where none has one, which is then refused for what it has."""
+    lists = {"low": (4, 4), "deep": (5, 4), "wide": (9, 2)}
+    model = nn.ModuleDict({name: nn.ModuleList(map(nn.Linear, [n] * k, [n] * k)) for name, (n, k) in lists.items()})
+    assert find_chain(model, stages).name == expected
+
+
+@pytest.mark.parametrize(("widths", "inside"), [((2, 9), "'net.1'"), ((9, 9), "'net'")])
+def test_a_list_inside_a_list_is_cut_where_it_is_most_of_that(widths, inside):
+    """Not so one layer of many, such as its experts: then the refusal is of the layers."""
+    parts = (nn.Sequential(*(nn.Linear(width, width) for _ in range(4))) for width in widths)
+    model = nn.ModuleDict({"net": nn.Sequential(*parts)})
+    assert [find_chain(model, stages).name for stages in (2, 4, 5)] == ["'net'", inside, "'net'"]
+
+
+@pytest.mark.parametrize(
     ("answer", "message"),
     [
         (lambda model: None, "returned NoneType"),
