@@ -23,6 +23,7 @@ there yet; a loop of its own loses Lightning's accumulation, callbacks and profi
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
@@ -57,6 +58,7 @@ from lightning_zeroprompt.strategies.norms import whole_grad_norms
 from lightning_zeroprompt.strategies.optimizers import OwnedOptimizers
 from lightning_zeroprompt.strategies.schedules import ScheduleSettings, Size, check_size
 from lightning_zeroprompt.strategies.steps import PipelineSteps
+from lightning_zeroprompt.strategies.stopping import StopSignals
 from lightning_zeroprompt.strategies.support import fsdp_precision, hydra_config
 from lightning_zeroprompt.strategies.whole import WholeEvaluation, WholeModel
 
@@ -144,6 +146,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
         self._groups: ProcessGroups | None = None
         self._pipeline: Pipeline | None = None
         self._runner: PipelineSteps | None = None
+        self._stopping: StopSignals | None = None
         self._owned_optimizers: OwnedOptimizers | None = None
         self._schedules: dict[int, Schedule] = {}
         self._first_count: int | None = None
@@ -319,6 +322,11 @@ class ZeroPPStrategy(ModelParallelStrategy):
             cut_averages(trainer.callbacks, module)  # type: ignore[attr-defined]
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+        self._stopping = StopSignals(self.groups.everyone, self._end_children)
+
+    def _end_children(self) -> None:
+        if self.launcher is not None:
+            self.launcher.kill(signal.SIGKILL)
 
     def _evaluate_whole(self, trainer: pl.Trainer) -> None:
         before: list[Any] = [callback for callback in trainer.callbacks if isinstance(callback, WholeEvaluation)]  # type: ignore[attr-defined]
@@ -433,6 +441,34 @@ class ZeroPPStrategy(ModelParallelStrategy):
             self._whole.release()
         self._running.close()
         super().teardown()
+
+    # -- signals --------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """From here on: Lightning installs its handlers behind ``setup``."""
+        if self._stopping is not None:
+            self._stopping.listen(training=self._module.trainer.state.fn == TrainerFn.FITTING)
+
+    @override
+    def on_train_start(self) -> None:
+        self._listen()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._listen()
+
+    @override
+    def on_test_start(self) -> None:
+        self._listen()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._listen()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._stopping is not None:
+            self._stopping.vote()
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
