@@ -503,7 +503,8 @@ def find_chain(root: nn.Module, stages: int = 1) -> Chain:
         stages: How many there will be at least.
 
     Raises:
-        ValueError: If there is none, with the way out.
+        ValueError: If there is none, or ``configure_pipeline`` returns what is no chain of this module's, with the way
+            out.
     """
     hook = getattr(root, "configure_pipeline", None)
     if hook is not None:
@@ -518,7 +519,9 @@ def find_chain(root: nn.Module, stages: int = 1) -> Chain:
                 "configure_pipeline() has to return (target, [block, ...]) or [block, ...], all of them modules; "
                 f"it returned {type(answer).__name__}"
             )
-        return Chain(root, blocks, target, "the blocks of configure_pipeline()")
+        chain = Chain(root, blocks, target, "the blocks of configure_pipeline()")
+        _check_parameters(chain)
+        return chain
     found: list[tuple[bool, int, str, nn.Module]] = []
     sizes: dict[str, int] = {}
     for name, module in root.named_modules():
@@ -539,3 +542,17 @@ def find_chain(root: nn.Module, stages: int = 1) -> Chain:
     _, _, name, module = max(found, key=lambda each: each[:2])
     blocks = list(module.children())
     return Chain(root, blocks, module if isinstance(module, nn.Sequential) else None, repr(name))
+
+
+def _check_parameters(chain: Chain) -> None:
+    """Refuse blocks that the call they stand for cannot run: no step of it would train them."""
+    around = chain.root if chain.target is None else chain.target
+    held = set(around.parameters())
+    for index, block in enumerate(chain.blocks):
+        foreign = [name for name, parameter in block.named_parameters() if parameter not in held]
+        if foreign:
+            raise ValueError(
+                f"{chain.name}: block {index}, a {type(block).__name__}, has parameters {', '.join(foreign[:3])} that "
+                f"are none of {type(around).__name__}'s, whose call the blocks are run in place of. Return (target, "
+                "blocks) with a target that contains all of its blocks, made of the module's own parts"
+            )

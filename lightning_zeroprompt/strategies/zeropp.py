@@ -37,6 +37,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -226,6 +227,19 @@ class ZeroPPStrategy(ModelParallelStrategy):
         return broadcast_nested(
             batch, self.groups.layout.global_rank(0, self.groups.data_rank), self.groups, self.root_device
         )
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        module = self._module
+        changed = [
+            name
+            for name in ("on_before_batch_transfer", "on_after_batch_transfer")
+            for owner in (module, module.trainer.datamodule)  # type: ignore[attr-defined]
+            if owner is not None and is_overridden(name, owner)
+        ]
+        if module.trainer.training and not changed:
+            self._settings.check_loader(dataloader, self.groups.layout.pipeline)
+        return super().process_dataloader(dataloader)
 
     @property
     @override

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 
@@ -32,6 +32,30 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Rows(Dataset):
+    """Counts the rows that are drawn."""
+
+    def __init__(self, count):
+        self.rows, self.drawn = torch.randn(count, 4), 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.drawn += 1
+        return self.rows[index]
+
+
+def twice(rows):
+    """Of 8 items 16 rows."""
+    return torch.stack([*rows, *rows])
+
+
+class TwiceAsManyRows(Module):
+    def on_after_batch_transfer(self, batch, index):
+        return torch.cat([batch, batch])
 
 
 class Manual(Module):
@@ -67,6 +91,17 @@ class Hyper(Module):
         self.save_hyperparameters({"lr": 0.1 * (1 + int(os.environ["RANK"]))})
 
 
+class Head(Module):
+    """Names another part of the model as what its blocks are."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def configure_pipeline(self):
+        return self.head, list(self.net)
+
+
 CASES = {
     "world": (Module, {"pipeline_parallel_size": 3}, r"3 pipeline ranks x 1 data-parallel ranks = 3, but 2 processes"),
     "world of D": (Module, {"data_parallel_size": 3}, r"2 processes cannot be divided among 3 data-parallel ranks"),
@@ -79,6 +114,7 @@ CASES = {
     "zbv": (Module, {"schedule": "zbv", "stages_per_rank": 1}, r"'zbv' has two stages a rank, not 1"),
     "zbv of few blocks": (lambda: Module(3), {"schedule": "zbv"}, r"3 blocks cannot fill 4 stages"),
     "micro-batches": (Module, {"num_microbatches": 9}, r"num_microbatches=9, but the batch has 8 rows .* lower it"),
+    "micro-batches, collated": (Module, {"num_microbatches": 17}, r"num_microbatches=17, but the batch has 16 rows"),
     "unit": (Module, {"unit": 9}, r"unit=9, but the first batch of 8 rows is split into 8 micro-batches"),
     "manual": (Manual, {}, r"Manual optimises manually; .* Use automatic optimization"),
     "optimizers": (TwoOptimizers, {}, r"several optimizers; zeropp runs one. Use one with parameter groups"),
@@ -87,7 +123,9 @@ CASES = {
     "hyperparameters": (Hyper, {}, r"rank 1 differs from rank 0 in hparams"),
     "hydra": (Module, {}, r"rank 1 differs from rank 0 in config: .* one resolved configuration"),
     "loaders": (Module, {}, r"rank 1 has {'batches an epoch': 3, .*}, rank 0 has {'batches an epoch': 2"),
+    "target": (Head, {}, r"block 0, a Linear, has parameters weight, bias that are none of Linear's"),
 }
+NEEDS_A_BATCH = {"micro-batches, collated", "loaders"}
 
 
 def hydra_job(overrides):
@@ -99,10 +137,11 @@ def hydra_job(overrides):
 
 
 def refuse(case):
-    """Type and message of what a rank raises, and the steps that it took."""
+    """Type and message of what a rank raises, the steps that it took, and the rows that it drew."""
     make, settings, _ = CASES[case]
     rank, modules = int(os.environ["RANK"]), dict(sys.modules)
     module = make()
+    data = Rows(ROWS * (2 + rank if case == "loaders" else 2))
     try:
         if case == "hydra":
             hydra_job([f"lr={rank}"])
@@ -116,22 +155,44 @@ def refuse(case):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        rows = ROWS * (2 + rank if case == "loaders" else 2)
-        trainer.fit(module, DataLoader(torch.randn(rows, 4), ROWS))
+        trainer.fit(module, DataLoader(data, ROWS, collate_fn=twice if case.endswith("collated") else None))
     except Exception as error:
-        return type(error).__name__, str(error), module.taken
+        return type(error).__name__, str(error), module.taken, data.drawn
     finally:
         sys.modules.clear()
         sys.modules.update(modules)
-    return "", "no error", module.taken
+    return "", "no error", module.taken, data.drawn
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused_on_every_rank_before_the_first_step(case, run_ranks):
-    for kind, message, taken in run_ranks(refuse, 2, case):
+    for kind, message, taken, drawn in run_ranks(refuse, 2, case):
         assert re.search(CASES[case][2], message, re.DOTALL), message
         assert kind == ("RuntimeError" if "rank 1" in CASES[case][2] else "ValueError")
         assert taken == 0
+        assert not drawn or case in NEEDS_A_BATCH
+
+
+@pytest.mark.parametrize("make", [Module, TwiceAsManyRows])
+def test_rows_that_only_a_batch_tells_are_not_refused(make, run_ranks):
+    """Nine micro-batches of what a loader draws eight of."""
+    assert run_ranks(fit_more_rows, 2, make) == [2, 2]
+
+
+def fit_more_rows(make):
+    module = make()
+    trainer = pl.Trainer(
+        strategy=ZeroPPStrategy(num_microbatches=9),
+        devices=2,
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(Rows(2 * ROWS), ROWS, collate_fn=twice if make is Module else None))
+    return module.taken
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,18 @@ def test_a_list_inside_a_list_is_cut_where_it_is_most_of_that(widths, inside):
         (lambda model: (model, ["layers"]), "returned tuple"),
         (lambda model: [nn.Linear(2, 2)], "Linear is no submodule of Model"),
         (lambda model: (nn.Linear(2, 2), list(model.layers)), "Linear is no submodule of Model"),
+        (
+            lambda model: (model.layers, [*model.layers, model.head]),
+            "block 3, a Linear, has parameters weight, bias that are none of ModuleList's",
+        ),
+        (
+            lambda model: (model, [*model.layers, nn.Linear(4, 4)]),
+            r"block 3, .* none of Model's, .* with a target that contains all of its blocks",
+        ),
+        (
+            lambda model: (model.layers, [nn.Sequential(layer, model.head) for layer in model.layers]),
+            "block 0, a Sequential, has parameters 1.weight, 1.bias that are none of ModuleList's",
+        ),
     ],
 )
 def test_wrong_answers_of_configure_pipeline(answer, message):
