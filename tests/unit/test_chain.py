@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_zeroprompt.pipeline.chain import find_chain
 from lightning_zeroprompt.pipeline.chain_check import ChainCopy
+from lightning_zeroprompt.pipeline.find_chain import find_chain
 
 
 class Block(nn.Module):
