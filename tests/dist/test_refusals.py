@@ -10,7 +10,10 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_zeroprompt.strategies import ZeroPPStrategy
@@ -69,6 +72,37 @@ class TwoOptimizers(Module):
         return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[:2], self.net[2:])]
 
 
+class SecondOrder(Module):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Adafactor(Module):
+    def configure_optimizers(self):
+        return torch.optim.Adafactor(self.parameters())
+
+
+class Elsewhere(Module):
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.parameters(), nn.Parameter(torch.zeros(3))], 0.1)
+
+
+class Backbone(Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = self.net
+
+
+class Ragged(Module):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch, batch[:3]
+
+
+class NoTensors(Module):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return ["a", "b"]
+
+
 class Compiled(Module):
     def __init__(self):
         super().__init__()
@@ -118,6 +152,18 @@ CASES = {
     "unit": (Module, {"unit": 9}, r"unit=9, but the first batch of 8 rows is split into 8 micro-batches"),
     "manual": (Manual, {}, r"Manual optimises manually; .* Use automatic optimization"),
     "optimizers": (TwoOptimizers, {}, r"several optimizers; zeropp runs one. Use one with parameter groups"),
+    "lbfgs": (SecondOrder, {}, r"LBFGS needs the gradients of all stages"),
+    "adafactor": (
+        Adafactor,
+        {"pipeline_parallel_size": 1, "data_parallel_size": 2},
+        r"Adafactor cannot work on sharded parameters, which data_parallel_size > 1",
+    ),
+    "foreign parameter": (Elsewhere, {}, r"parameter of shape \(3,\) that is not one of the module's"),
+    "16-true": (Module, {}, r"'16-true' overflows without a loss scaler; use 'bf16-true'"),
+    "swa": (Module, {}, r"use WeightAveraging"),
+    "finetuning": (Backbone, {}, r"give the optimizer all parameters"),
+    "rows that differ": (Ragged, {}, r"batch\[1\] has 3 rows, batch\[0\] has 8"),
+    "no tensors": (NoTensors, {}, r"a batch of type list holds no tensor"),
     "compiled": (Compiled, {}, r"'model' is compiled as a whole, .* compile its blocks instead"),
     "model": (Differing, {}, r"rank 1 differs from rank 0 in parameters: .* same code with the same settings"),
     "hyperparameters": (Hyper, {}, r"rank 1 differs from rank 0 in hparams"),
@@ -125,7 +171,26 @@ CASES = {
     "loaders": (Module, {}, r"rank 1 has {'batches an epoch': 3, .*}, rank 0 has {'batches an epoch': 2"),
     "target": (Head, {}, r"block 0, a Linear, has parameters weight, bias that are none of Linear's"),
 }
-NEEDS_A_BATCH = {"micro-batches, collated", "loaders"}
+NEEDS_A_BATCH = {"micro-batches, collated", "loaders", "rows that differ", "no tensors"}
+TRAINERS = {
+    "16-true": lambda: {"precision": "16-true"},
+    "swa": lambda: {"callbacks": [StochasticWeightAveraging(0.1)]},
+    "finetuning": lambda: {"callbacks": [BackboneFinetuning()]},
+}
+
+
+def make_trainer(strategy, **more):
+    return pl.Trainer(
+        strategy=ZeroPPStrategy(**strategy),
+        devices=int(os.environ["WORLD_SIZE"]),
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **more,
+    )
 
 
 def hydra_job(overrides):
@@ -145,16 +210,7 @@ def refuse(case):
     try:
         if case == "hydra":
             hydra_job([f"lr={rank}"])
-        trainer = pl.Trainer(
-            strategy=ZeroPPStrategy(**settings),
-            devices=2,
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = make_trainer(settings, **TRAINERS.get(case, dict)())
         trainer.fit(module, DataLoader(data, ROWS, collate_fn=twice if case.endswith("collated") else None))
     except Exception as error:
         return type(error).__name__, str(error), module.taken, data.drawn
@@ -181,16 +237,7 @@ def test_rows_that_only_a_batch_tells_are_not_refused(make, run_ranks):
 
 def fit_more_rows(make):
     module = make()
-    trainer = pl.Trainer(
-        strategy=ZeroPPStrategy(num_microbatches=9),
-        devices=2,
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer({"num_microbatches": 9})
     trainer.fit(module, DataLoader(Rows(2 * ROWS), ROWS, collate_fn=twice if make is Module else None))
     return module.taken
 
@@ -200,7 +247,7 @@ def fit_more_rows(make):
     [
         ({"unit": 0}, r"unit=0: give a whole number of at least 1, or 'auto'"),
         ({"num_microbatches": 4, "unit": 5}, r"unit=5 with num_microbatches=4: a unit has at most all of them"),
-        ({"num_microbatches": 0}, r"num_microbatches=0"),
+        ({"num_microbatches": 0}, r"num_microbatches=0: give a whole number"),
         ({"pipeline_parallel_size": 1.5}, r"pipeline_parallel_size=1.5"),
         ({"schedule": "zerobubble"}, r"schedule 'zerobubble' is unknown; there are .*zeropp"),
     ],
@@ -216,15 +263,7 @@ def batch_norm():
 
 def warnings_of(micro_batches):
     module = Module(2, batch_norm)
-    trainer = pl.Trainer(
-        strategy=ZeroPPStrategy(num_microbatches=micro_batches),
-        devices=2,
-        accelerator="cpu",
-        max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    trainer = make_trainer({"num_microbatches": micro_batches})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, DataLoader(torch.randn(ROWS, 4), ROWS))
@@ -267,19 +306,40 @@ class Twice(Module):
         return (self.net(batch) - self.net(batch + 1)).pow(2).mean()
 
 
+class TwiceWithEnds(Module):
+    """What is found first is that the embedding, which the last rank lacks, runs behind the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.embedding = None, nn.Linear(4, 4)
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+    def training_step(self, batch, index):
+        return (self(batch) - self(batch + 1)).pow(2).mean()
+
+
+class Nothing(Module):
+    def training_step(self, batch, index):
+        self.net(batch)
+
+
 FAULTY = {
     "behind": (Ours, "KeyError: 'no such key'"),
     "block": (lambda: Module(4, InBlock), "ZeroDivisionError: in a block\n(in the forward pass of micro-batch 0"),
     "target": (WrongTarget, "they do not return what Sequential returns for the same input"),
     "twice": (Twice, "ValueError: 'net': called more than once in a step"),
+    "twice, with ends": (TwiceWithEnds, "If the step calls the model a second time: join the calls into one"),
 }
 
 
 def fail(case):
-    trainer = pl.Trainer(
-        strategy="zeropp", devices=2, accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False
-    )
-    trainer.fit(FAULTY[case][0](), DataLoader(torch.randn(ROWS, 4), ROWS))
+    make_trainer({}).fit(FAULTY[case][0](), DataLoader(torch.randn(ROWS, 4), ROWS))
 
 
 @pytest.mark.parametrize("case", FAULTY)
@@ -291,3 +351,36 @@ def test_errors_in_the_first_step_come_as_they_are(case, run_ranks, capfd):
     assert FAULTY[case][1] in text, text
     assert "failed to run forward" not in text
     assert "Full Schedule" not in text + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Nothing, "TypeError: training_step returned NoneType for a micro-batch; it has to return a loss"),
+        (TwiceWithEnds, "ValueError: .*called more than once in a step; a pipeline runs its stages once a micro-batch"),
+    ],
+)
+def test_a_step_that_cannot_run_on_one_rank_says_why(module, message, run_ranks):
+    assert re.match(message, run_ranks(raised, 1, module)[0])
+
+
+def raised(module):
+    try:
+        make_trainer({}).fit(module(), DataLoader(torch.randn(ROWS, 4), ROWS))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_torchs_adafactor_still_cannot_shard(run_ranks):
+    """When this fails, the refusal can go."""
+    assert run_ranks(adafactor_on_a_mesh, 1) == ["RuntimeError"]
+
+
+def adafactor_on_a_mesh():
+    parameter = nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)]))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        torch.optim.Adafactor([parameter]).step()
+    except Exception as error:
+        return type(error).__name__
+    return "nothing"
