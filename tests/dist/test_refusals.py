@@ -3,13 +3,14 @@
 
 import os
 import re
-import sys
-import types
 import warnings
 
+import hydra
 import lightning.pytorch as pl
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -193,30 +194,29 @@ def make_trainer(strategy, **more):
     )
 
 
-def hydra_job(overrides):
-    """What Hydra leaves in a process that runs a job."""
-    job = types.SimpleNamespace(overrides=types.SimpleNamespace(task=overrides))
-    config = types.SimpleNamespace(initialized=lambda: True, get=lambda: job)
-    sys.modules["hydra.core.hydra_config"] = types.SimpleNamespace(HydraConfig=config)
-    sys.modules["omegaconf"] = types.SimpleNamespace(OmegaConf=types.SimpleNamespace(to_container=list))
+def hydra_job(config):
+    """What Hydra leaves in a process that runs a job: of one command line on all ranks, but another file."""
+    ConfigStore.instance().store("job", config)
+    with hydra.initialize(version_base=None, config_path=None):
+        composed = hydra.compose("job", ["model=wide"], return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
 
 
 def refuse(case):
     """Type and message of what a rank raises, the steps that it took, and the rows that it drew."""
     make, settings, _ = CASES[case]
-    rank, modules = int(os.environ["RANK"]), dict(sys.modules)
+    rank = int(os.environ["RANK"])
     module = make()
     data = Rows(ROWS * (2 + rank if case == "loaders" else 2))
     try:
         if case == "hydra":
-            hydra_job([f"lr={rank}"])
+            hydra_job({"model": "deep", "lr": rank})
         trainer = make_trainer(settings, **TRAINERS.get(case, dict)())
         trainer.fit(module, DataLoader(data, ROWS, collate_fn=twice if case.endswith("collated") else None))
     except Exception as error:
         return type(error).__name__, str(error), module.taken, data.drawn
     finally:
-        sys.modules.clear()
-        sys.modules.update(modules)
+        HydraConfig.instance().cfg = None
     return "", "no error", module.taken, data.drawn
 
 
