@@ -53,8 +53,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_zeroprompt.pipeline.catalogue import build_schedule
-from lightning_zeroprompt.pipeline.chain import find_chain
 from lightning_zeroprompt.pipeline.executor import MicroBatch
+from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.render import timeline_text, write_timeline

@@ -66,6 +66,7 @@ class ProcessGroups:
         pipeline: This rank's pipeline, for messages between stages.
         control: The same ranks on the CPU, for small Python objects.
         data: The ranks that hold the same stages.
+        everyone: All ranks, on the CPU.
 
     Raises:
         ValueError: If the world has another size than P * D.
@@ -102,6 +103,7 @@ class ProcessGroups:
             data = dist.new_group([layout.global_rank(pipeline_rank, d) for d in range(layout.data)])
             if pipeline_rank == self.pipeline_rank:
                 self.data: dist.ProcessGroup = data
+        self.everyone: dist.ProcessGroup = dist.new_group(backend="gloo")
         self._peers: PeerCopies | None = None
         self._peers_made = False
         self._made: set[tuple[tuple[int, ...], bool]] = set()

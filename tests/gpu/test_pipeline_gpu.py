@@ -27,8 +27,8 @@ from lightning_zeroprompt.data.sources.builtin import builtin_tasks
 from lightning_zeroprompt.data.tokenizer import ByteTokenizer
 from lightning_zeroprompt.models import Text2TextModule
 from lightning_zeroprompt.pipeline import build_schedule
-from lightning_zeroprompt.pipeline.chain import find_chain
 from lightning_zeroprompt.pipeline.executor import MicroBatch
+from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 from lightning_zeroprompt.pipeline.peer_copy import PeerCopies
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
