@@ -377,6 +377,7 @@ def test_torchs_adafactor_still_cannot_shard(run_ranks):
 
 
 def adafactor_on_a_mesh():
+    torch.distributed.init_process_group("gloo")
     parameter = nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)]))
     parameter.grad = torch.ones_like(parameter)
     try:
