@@ -25,7 +25,7 @@ _UNITS = ("zeropp", "zeropp_overlap")
 
 
 def is_listed(name: str, vshape: bool) -> bool:
-    """Whether a schedule's order is made by simulating times, so that ``build_schedule`` takes ``costs`` and ``cap``."""
+    """Whether a schedule's order is made by simulating times, so that it can be given ``costs`` and ``cap``."""
     return name == "zeropp_overlap" or (name == "zeropp" and vshape)
 
 

@@ -117,9 +117,13 @@ class ProcessGroups:
         """
         if not self._peers_made:
             self._peers_made = True
-            if PeerCopies.possible(self.pipeline, self.control, device):
-                self._peers = PeerCopies(self.pipeline, self.control, device)
+            self._peers = PeerCopies.make(self.pipeline, self.control, device)
         return self._peers
+
+    def release(self) -> None:
+        """Let no GPU wait for a rank that has failed; behind an error, and the end of these groups' use."""
+        if self._peers is not None:
+            self._peers.release()
 
     def of_owners(
         self, owners: Iterable[tuple[tuple[int, ...], bool]]

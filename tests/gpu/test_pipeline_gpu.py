@@ -212,6 +212,21 @@ def exchange(ring_bytes, seed):
     return right
 
 
+def stuck():
+    """A receive that nobody sends to, let go."""
+    device = start("cuda")
+    control = dist.new_group(backend="gloo")
+    copies = PeerCopies.make(dist.group.WORLD, control, device)
+    if copies is not None and dist.get_rank() == 0:
+        copy_of_nothing = copies.receive(torch.zeros(8, device=device), 1)
+        copy_of_nothing.wait()
+        assert not copy_of_nothing.is_completed()
+        copies.release()
+        torch.cuda.synchronize()
+    dist.barrier(group=control)
+    dist.destroy_process_group()
+
+
 def train_t5(folder, accelerator, devices):
     """Losses of a few steps of a small T5 on the tiny corpus, on every rank."""
     torch.manual_seed(0)
@@ -280,6 +295,11 @@ def test_copies_between_gpus(ring_bytes):
         if right is None:
             pytest.skip("the GPUs do not reach each other")
         assert right == [True] * 60
+
+
+@pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")
+def test_a_gpu_does_not_wait_for_ever():
+    run_distributed(stuck, 2, timeout=60)
 
 
 @pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")
