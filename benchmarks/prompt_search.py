@@ -13,7 +13,7 @@ the same model and parts of the rows:
 * ``first``: the best of the first prompts; no search.
 
 Each way's choice is the prompt that is best on the search part by its own measure, compared on the test part with the
-manual prompt that is best on the search part (by accuracy, then fitness): ``raw``. ``confirmed`` is that choice where
+manual prompt that is best on the search part (by outcome, then fitness): ``raw``. ``confirmed`` is that choice where
 the confirm part confirms it, else the manual prompt. Tasks are counted whose best manual prompt beats chance on the
 test part with 95 % confidence. All ways run in this process. One JSON object is printed last.
 """
