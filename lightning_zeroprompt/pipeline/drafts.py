@@ -39,6 +39,7 @@ class Setting:
     Attributes:
         costs: Of the blocks, with recomputation where that is chosen.
         placement: Stages to ranks.
+        cuts: For each stage its first block and the one behind its last.
         micro_batches: M.
         data_parallel: D.
         recompute: Whether blocks run under activation checkpointing.
@@ -47,15 +48,11 @@ class Setting:
 
     costs: Costs
     placement: Placement
+    cuts: tuple[tuple[int, int], ...]
     micro_batches: int
     data_parallel: int
     recompute: bool
     memory_limit: int | None
-
-    @cached_property
-    def cuts(self) -> tuple[tuple[int, int], ...]:
-        """Blocks to stages, by measured work."""
-        return tuple(measured_cuts(self.costs, self.placement))
 
     @cached_property
     def stages(self) -> list[BlockCosts]:
@@ -285,12 +282,13 @@ def settings_of(
     per_rank: Sequence[int],
     recompute: Sequence[bool],
 ) -> list[Setting]:
-    """All settings of one layout: V, both placements, with and without recomputation."""
+    """All settings of one layout: V, both placements, with and without recomputation; cut by measured work."""
     found = []
     for again in recompute:
         used = costs.recomputed() if again else costs
         for stages in per_rank:
             for vshape in (False, True) if stages > 1 and ranks > 1 else (False,):
                 placement = Placement(ranks, stages, vshape)
-                found.append(Setting(used, placement, micro_batches, data_parallel, again, memory_limit))
+                cuts = tuple(measured_cuts(used, placement))
+                found.append(Setting(used, placement, cuts, micro_batches, data_parallel, again, memory_limit))
     return found

@@ -4,7 +4,7 @@
 1. *Settings*: every P x D of the GPUs (or the one asked for), V stages a rank, both placements, with and without
    recomputation where memory is limited; blocks are cut by measured seconds.
 2. *Drafts* in each (``drafts.py``): all published schedules, and list schedules for the measured costs.
-3. *Local search* (``local_search.py``) improves the best drafts under the memory limit.
+3. *Local search* improves the best drafts' orders (``local_search.py``) and cuts (``recut.py``) under the memory limit.
 4. *Simulation* of all drafts that can matter, with the host, collectives and messages, and exact memory.
 5. *Choice*: of what fits and is within half a per cent of the fastest, the one that loses least when every task's time
    varies by 10 %, and of equals the one that holds least. All published schedules are among the candidates, so a plan
@@ -31,6 +31,7 @@ from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs
 from lightning_zeroprompt.pipeline.drafts import Draft, Setting, listed, published, settings_of
 from lightning_zeroprompt.pipeline.local_search import improve
 from lightning_zeroprompt.pipeline.lowering import add_transfers
+from lightning_zeroprompt.pipeline.recut import recut
 from lightning_zeroprompt.pipeline.schedule import Schedule
 from lightning_zeroprompt.pipeline.simulator import Simulator
 
@@ -42,6 +43,9 @@ _SIMULATED_TASKS = 90_000
 """Tasks that are simulated in all, at 15 microseconds each."""
 _SEARCHED_TASKS = 1_200_000
 """Tasks that local search walks in all, at 0.4 microseconds each."""
+_RECUT_TASKS = 600_000
+"""Tasks that are judged under moved cuts in all, at 0.8 microseconds each."""
+_FIRST = 8
 _STARTS = 6
 _FINALISTS = 5
 _EQUAL = 1.005
@@ -186,8 +190,9 @@ def plan(
             f"stages_per_rank={stages_per_rank}: no layout of {gpus} GPUs has a block for every stage, there are "
             f"{len(costs.blocks)} blocks; use fewer stages"
         )
-    drafts = _drafts([each for layout in settings for each in layout])
-    candidates = sorted(_simulated(drafts), key=_by_time)
+    share = 1 / len(settings)
+    candidates = [each for layout in settings for each in _simulated(_drafts(layout, share), share)]
+    candidates.sort(key=_by_time)
     fitting = [each for each in candidates if memory_limit is None or each[0].peak_bytes <= memory_limit]
     if not fitting:
         raise ValueError(_nothing_fits(costs, settings, layouts, memory_limit or 0, recompute))
@@ -257,11 +262,18 @@ def _fits(draft: Draft) -> bool:
     return limit is None or draft.quick_bytes <= limit
 
 
-def _drafts(settings: Sequence[Setting]) -> list[Draft]:
-    """What is worth simulating, the likeliest first: published ones, list schedules, and the best of both improved."""
+def _drafts(settings: Sequence[Setting], share: float) -> list[Draft]:
+    """What of a layout is worth simulating, the likeliest first.
+
+    Published schedules, list schedules, and the best of both improved.
+
+    Args:
+        settings: Of the layout.
+        share: Of the budgets.
+    """
     drafts = [draft for setting in settings for draft in published(setting)]
     waiting = [(setting, listed(setting)) for setting in settings]
-    left = _LISTED_TASKS
+    left = share * _LISTED_TASKS
     while waiting and left > 0:
         for setting, source in list(waiting):
             draft = next(source, None)
@@ -278,41 +290,57 @@ def _drafts(settings: Sequence[Setting]) -> list[Draft]:
     for draft in drafts:
         if _fits(draft) and len(starts) < _STARTS:
             starts.setdefault(id(draft.setting), draft)
-    improved = [better for draft in starts.values() if (better := _improved(draft)) is not None]
+    improved = [better for draft in starts.values() if (better := _improved(draft, share)) is not None]
     improved.sort(key=lambda draft: draft.quick_seconds)
     return improved + drafts
 
 
-def _improved(draft: Draft) -> Draft | None:
-    """A draft after local search; None if that found nothing."""
+def _improved(draft: Draft, share: float) -> Draft | None:
+    """A draft after local search over its order and its cuts; None if that found nothing."""
     setting, schedule = draft.setting, draft.schedule
-    keep = schedule.resident < setting.placement.stages_per_rank
-    orders = setting.orders(keep=keep, resident=schedule.resident)
-    moves = _SEARCHED_TASKS // (_STARTS * setting.tasks)
+    resident = schedule.resident
+    keep = resident < setting.placement.stages_per_rank
+    moves = int(share * _SEARCHED_TASKS / (2 * _STARTS * setting.tasks))
+    orders = setting.orders(keep=keep, resident=resident)
     seconds, order = improve(orders, orders.numbers(schedule.tasks), moves=moves)
+    tries = int(share * _RECUT_TASKS / (_STARTS * setting.tasks))
+    moved = recut(setting, order, resident=resident, tries=tries)
+    if moved is not setting:
+        setting, orders = moved, moved.orders(keep=keep, resident=resident)
+        seconds, order = improve(orders, order, moves=moves)
     if seconds >= draft.quick_seconds:
         return None
-    return setting.planned(f"improved {draft.label}", orders.tasks(order), schedule.unit, schedule.resident)
+    return setting.planned(f"improved {draft.label}", orders.tasks(order), schedule.unit, resident)
 
 
-def _simulated(drafts: Sequence[Draft]) -> list[tuple[Candidate, Simulator]]:
-    """Drafts simulated as long as there is budget, those that can be chosen or are extreme first."""
-    frontier: list[int] = []
-    least: float = float("inf")
+def _simulated(drafts: Sequence[Draft], share: float) -> list[tuple[Candidate, Simulator]]:
+    """Drafts of a layout simulated, those that can be chosen and those that hold little first.
+
+    When the budget is spent, published schedules whose makespan alone is shorter than the best step so far still get
+    their turn: none that could win is left out.
+
+    Args:
+        drafts: The likeliest first.
+        share: Of the budget.
+    """
+    first = list(range(min(_FIRST, len(drafts))))
+    least = float("inf")
     for index, draft in enumerate(drafts):
         # In the order of time: what holds less than all before it.
-        if draft.quick_bytes < least or draft.arguments is not None:
-            frontier.append(index)
-            least = min(least, draft.quick_bytes)
-    order = list(dict.fromkeys([*range(min(8, len(drafts))), *frontier, *range(len(drafts))]))
-    left = _SIMULATED_TASKS
+        if draft.quick_bytes < least:
+            first.append(index)
+            least = draft.quick_bytes
+    left, fastest = share * _SIMULATED_TASKS, float("inf")
     found: list[tuple[Candidate, Simulator]] = []
-    for index in order:
+    for index in dict.fromkeys([*first, *range(len(drafts))]):
         draft = drafts[index]
-        if left <= 0 and found:
-            break
+        if left <= 0 and (draft.arguments is None or not _fits(draft) or draft.quick_seconds >= fastest):
+            continue
         left -= draft.setting.tasks
-        found.append(_simulate(draft))
+        candidate, simulator = _simulate(draft)
+        found.append((candidate, simulator))
+        if _fits(draft):
+            fastest = min(fastest, candidate.seconds)
     return found
 
 

@@ -15,10 +15,12 @@ from interpreter import run
 
 from lightning_zeroprompt.pipeline import SCHEDULES, Kind, Placement, build_schedule
 from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
+from lightning_zeroprompt.pipeline.drafts import settings_of
 from lightning_zeroprompt.pipeline.local_search import Orders, improve
 from lightning_zeroprompt.pipeline.orders import ListCosts, list_schedule
 from lightning_zeroprompt.pipeline.partition import measured_cuts
 from lightning_zeroprompt.pipeline.planner import plan
+from lightning_zeroprompt.pipeline.recut import recut
 from lightning_zeroprompt.pipeline.schedule import COMPUTE
 from lightning_zeroprompt.pipeline.simulator import simulate
 
@@ -197,6 +199,35 @@ def test_local_search_keeps_memory_and_never_loses():
     for tasks, before in zip(moved, start, strict=True):
         fixed = [task for task in before if task.kind is not Kind.WEIGHT]
         assert [task for task in tasks if task.kind is not Kind.WEIGHT] == fixed
+
+
+HEAD = BlockCosts(1.45, 2.03, 1.16)
+
+
+def test_smaller_first_stages_start_everybody_sooner():
+    setting = settings_of(Costs.uniform(32, **LAYER, behind=HEAD), 2, 2, 1, None, [2], [False])[0]
+    order = list_schedule(setting.placement, 2, 2, costs=setting.list_costs)
+    orders = setting.orders(keep=False, resident=2)
+    numbers = orders.numbers(order)
+    before = orders.judge(numbers)[0]
+    moved = recut(setting, numbers, resident=2, tries=3000)
+    assert moved.orders(keep=False, resident=2).judge(numbers)[0] < 0.97 * before
+    assert moved.cuts[0][1] < setting.cuts[0][1]
+    assert (moved.cuts[0][0], moved.cuts[-1][1]) == (0, 32)
+    assert moved == recut(setting, numbers, resident=2, tries=3000)
+    # A single block a stage leaves nothing to move.
+    fixed = settings_of(Costs.uniform(4, **LAYER), 2, 2, 1, None, [2], [False])[0]
+    assert recut(fixed, numbers, resident=2, tries=100) is fixed
+
+
+def test_cuts_move_within_the_memory_limit():
+    costs = Costs.uniform(32, **LAYER, activations=10, weight_inputs=5, state=100, behind=HEAD)
+    free = plan(costs, ranks=2, micro_batches=2, stages_per_rank=2)
+    assert free.best.label.startswith("improved")
+    assert free.cuts != tuple(measured_cuts(costs, free.schedule.placement))
+    limit = free.best.peak_bytes - 1
+    tight = plan(costs, ranks=2, micro_batches=2, stages_per_rank=2, memory_limit=limit, recompute=False)
+    assert tight.best.peak_bytes <= limit
 
 
 def test_equal_input_gives_equal_plans():
