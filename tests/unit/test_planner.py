@@ -221,13 +221,26 @@ def test_smaller_first_stages_start_everybody_sooner():
 
 
 def test_cuts_move_within_the_memory_limit():
-    costs = Costs.uniform(32, **LAYER, activations=10, weight_inputs=5, state=100, behind=HEAD)
-    free = plan(costs, ranks=2, micro_batches=2, stages_per_rank=2)
-    assert free.best.label.startswith("improved")
-    assert free.cuts != tuple(measured_cuts(costs, free.schedule.placement))
-    limit = free.best.peak_bytes - 1
-    tight = plan(costs, ranks=2, micro_batches=2, stages_per_rank=2, memory_limit=limit, recompute=False)
-    assert tight.best.peak_bytes <= limit
+    """A head of 6 layers wants 19 of 32 blocks on the other rank; there is memory for 17."""
+    head = BlockCosts(6.0, 8.4, 4.8)
+    costs = Costs.uniform(32, **LAYER, activations=10, weight_inputs=5, state=100, behind=head)
+    even = ((0, 8), (8, 16), (16, 24), (24, 32))
+    free = replace(settings_of(costs, 2, 2, 1, None, [2], [False])[0], cuts=even)
+    orders = free.orders(keep=False, resident=2)
+    numbers = orders.numbers(list_schedule(free.placement, 2, 2, costs=free.list_costs))
+    # All activations are held at once, so ranks need as much as they have blocks.
+    limited = replace(free, memory_limit=17 * (2 * 10 + 100))
+    before = limited.orders(keep=False, resident=2).judge(numbers)[0]
+
+    def most_blocks(setting):
+        return max(
+            sum(setting.cuts[stage][1] - setting.cuts[stage][0] for stage in setting.placement.stages_of(rank))
+            for rank in range(2)
+        )
+
+    moved = recut(limited, numbers, resident=2, tries=3000)
+    assert moved.orders(keep=False, resident=2).judge(numbers)[0] < before
+    assert most_blocks(moved) <= 17 < most_blocks(recut(free, numbers, resident=2, tries=3000))
 
 
 def test_equal_input_gives_equal_plans():
