@@ -194,7 +194,8 @@ def published(setting: Setting) -> Iterator[Draft]:
             )
             continue
         listed_here = name == "zeropp_overlap" or placement.vshape
-        for unit in units(setting)[:4]:
+        # Of list schedules there will be more, made for each stage's own times.
+        for unit in units(setting)[: 2 if listed_here else 4]:
             for resident in residents(setting)[:2]:
                 arguments = {
                     "name": name,

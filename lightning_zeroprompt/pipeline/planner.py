@@ -37,13 +37,13 @@ from lightning_zeroprompt.pipeline.simulator import Simulator
 
 __all__ = ["Candidate", "Plan", "plan"]
 
-_LISTED_TASKS = 100_000
-"""Tasks that list scheduling orders in all, at 7 microseconds each."""
-_SIMULATED_TASKS = 90_000
+_LISTED_TASKS = 60_000
+"""Tasks that list scheduling orders in all, at some 20 microseconds each."""
+_SIMULATED_TASKS = 60_000
 """Tasks that are simulated in all, at 15 microseconds each."""
-_SEARCHED_TASKS = 1_200_000
+_SEARCHED_TASKS = 800_000
 """Tasks that local search walks in all, at 0.4 microseconds each."""
-_RECUT_TASKS = 600_000
+_RECUT_TASKS = 400_000
 """Tasks that are judged under moved cuts in all, at 0.8 microseconds each."""
 _FIRST = 8
 _STARTS = 6

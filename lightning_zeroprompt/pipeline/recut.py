@@ -46,6 +46,8 @@ def recut(setting: Setting, order: Numbers, *, resident: int, tries: int, seed: 
     start = best = _makespan(setting, order, resident), setting
     draw = random.Random(seed)
     for _ in range(_CLIMBS):
+        if tries <= 0:
+            break
         # Where a climb ends depends on what it tries first.
         draw.shuffle(moves)
         seconds, found, left = _climb(*start, order, moves, resident, tries)
