@@ -333,10 +333,18 @@ def list_schedule(
         ready[following][micro_batch] = end + (cost.transfer if owner[following] != rank else 0.0)
         return owner[following]
 
-    choices = [choice(rank) for rank in range(ranks)]
+    begins: list[float] = [0.0] * ranks
+    choices: list[Task | None] = [None] * ranks
+
+    def look(rank: int) -> None:
+        begins[rank], choices[rank] = choice(rank)
+
+    for rank in range(ranks):
+        look(rank)
     for _ in range(3 * stages * micro_batches if defer else 2 * stages * micro_batches):
-        begin, rank = min((begin, rank) for rank, (begin, _) in enumerate(choices))
-        task = choices[rank][1]
+        begin = min(begins)
+        rank = begins.index(begin)
+        task = choices[rank]
         if task is None or begin == never:
             raise ValueError(
                 f"no order exists: held={held}, in_flight={in_flight} are below what V={placement.stages_per_rank} "
@@ -344,7 +352,7 @@ def list_schedule(
                 "the cap or lower the unit"
             )
         touched = start(rank, task, begin)
-        choices[rank] = choice(rank)
+        look(rank)
         if touched != rank:
-            choices[touched] = choice(touched)
+            look(touched)
     return order
