@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS, ListCosts
+from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS, ListCosts, of_stages
 from lightning_zeroprompt.pipeline.schedule import COMPUTE, TRANSFER, Kind, Placement, Schedule, Task
 
 __all__ = ["add_collectives", "add_transfers", "has_transfers", "phases"]
@@ -124,7 +124,7 @@ def has_transfers(schedule: Schedule) -> bool:
     return any(task.kind in TRANSFER for tasks in schedule.tasks for task in tasks)
 
 
-def add_transfers(schedule: Schedule, costs: ListCosts = TYPICAL_COSTS) -> Schedule:
+def add_transfers(schedule: Schedule, costs: ListCosts | Sequence[ListCosts] = TYPICAL_COSTS) -> Schedule:
     """Insert sends and receives.
 
     Ranks are run in simulated time. When a task ends whose result is needed elsewhere, its send goes behind it and its
@@ -133,14 +133,19 @@ def add_transfers(schedule: Schedule, costs: ListCosts = TYPICAL_COSTS) -> Sched
 
     Args:
         schedule: One with computations, with or without collectives.
-        costs: Times of the tasks.
+        costs: Of all stages, or of each.
 
     Raises:
         ValueError: If a task waits for one that never comes, naming the ranks' positions.
     """
-    length = {Kind.FORWARD: costs.forward, Kind.BACKWARD: costs.backward, Kind.WEIGHT: costs.weight}
     placement = schedule.placement
     count, stages = schedule.micro_batches, schedule.stages
+    each = of_stages(costs, stages)
+    length = {
+        Kind.FORWARD: [cost.forward for cost in each],
+        Kind.BACKWARD: [cost.backward for cost in each],
+        Kind.WEIGHT: [cost.weight for cost in each],
+    }
     position = [0] * schedule.ranks
     clock = [0.0] * schedule.ranks
     # By number instead of by task: a task's hash costs more than all else here.
@@ -190,7 +195,7 @@ def add_transfers(schedule: Schedule, costs: ListCosts = TYPICAL_COSTS) -> Sched
         lists[rank].append(task)
         position[rank] += 1
         if task.kind in COMPUTE:
-            clock[rank] = begin + length[task.kind]
+            clock[rank] = begin + length[task.kind][task.stage]
             if task.kind is not Kind.WEIGHT:
                 number = (task.stage + (stages if task.kind is Kind.BACKWARD else 0)) * count + task.micro_batch
                 done[number] = clock[rank]

@@ -178,6 +178,23 @@ class Simulator:
                 entries.append((_HOST, stage, -1, -1, action))
         return entries
 
+    def _jittered(self, jitter: float, seed: int) -> list[float]:
+        draw = random.Random(seed).gauss
+        seconds = [value * max(0.1, draw(1.0, jitter)) for value in self._seconds]
+        count = self.schedule.micro_batches
+        for rank in range(self._ranks):
+            runs = [
+                range(first, first + count)
+                for stage in self.schedule.placement.stages_of(rank)
+                for first in range(stage * count, len(seconds), len(self.stages) * count)
+            ]
+            drawn = sum(seconds[number] for run in runs for number in run)
+            factor = sum(self._seconds[number] for run in runs for number in run) / drawn if drawn else 1.0
+            for run in runs:
+                for number in run:
+                    seconds[number] *= factor
+        return seconds
+
     @cached_property
     def peak_bytes(self) -> tuple[int, ...]:
         """For each rank the most memory that it holds; see :class:`Simulation`."""
@@ -190,16 +207,14 @@ class Simulator:
         """Simulate a step.
 
         Args:
-            jitter: Standard deviation of each task's time, as a share of it.
+            jitter: Standard deviation of each task's time, as a share of it. A rank's work as a whole stays the same,
+                so that what is compared under the same jitter differs by how an order bears it, not by luck.
             seed: Of the jitter.
 
         Raises:
             ValueError: If a rank waits for what never comes.
         """
-        seconds = self._seconds
-        if jitter:
-            draw = random.Random(seed).gauss
-            seconds = [value * max(0.1, draw(1.0, jitter)) for value in seconds]
+        seconds = self._jittered(jitter, seed) if jitter else self._seconds
         walk = _Walk(self, seconds)
         if self._contended:
             walk = _Walk(self, walk.stretched())
