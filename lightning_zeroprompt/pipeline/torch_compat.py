@@ -61,6 +61,7 @@ __all__ = [
     "reduce_gradients",
     "saving_is_hooked",
     "shard_like",
+    "storage_key",
     "to_actions",
 ]
 
@@ -349,6 +350,11 @@ class _UnshardedGradBuffer:
             self._param.unsharded_accumulated_grad = grad.to(self._param.reduce_dtype)
         else:
             held += grad
+
+
+def storage_key(tensor: Tensor) -> int:
+    """What two tensors have in common that share memory, on the meta device too; while one of them lives."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def shard_like(whole: Tensor, like: DTensor) -> DTensor:
