@@ -77,8 +77,8 @@ def parse_operations(text: str) -> float:
 def parse_seconds(text: str) -> float:
     """Seconds with their unit.
 
-    >>> parse_seconds("20us")
-    2e-05
+    >>> parse_seconds("0.5ms")
+    0.0005
     """
     return _quantity(text, {"s": 1.0}, _SMALL, "20us")
 
