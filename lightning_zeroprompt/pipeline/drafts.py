@@ -182,12 +182,14 @@ def published(setting: Setting) -> Iterator[Draft]:
     placement, count = setting.placement, setting.micro_batches
     per_rank, ranks = placement.stages_per_rank, placement.ranks
     for name in SCHEDULES:
-        if (name in ("1f1b", "zb_h1")) != (per_rank == 1) and not name.startswith("zeropp"):
+        if name in ("1f1b", "zb_h1") and per_rank > 1:
             continue
         if (name == "zbv" and (per_rank != 2 or not placement.vshape)) or (
             name in ("interleaved_1f1b", "breadth_first") and placement.vshape
         ):
             continue
+        if name == "interleaved_1f1b" and per_rank == 1:
+            continue  # that is 1f1b
         if not name.startswith("zeropp"):
             arguments: dict[str, Any] = {"name": name, "stages_per_rank": per_rank}
             yield setting.draft(

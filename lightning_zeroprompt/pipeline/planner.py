@@ -316,7 +316,8 @@ def _improved(draft: Draft, share: float) -> Draft | None:
 def _simulated(drafts: Sequence[Draft], share: float) -> list[tuple[Candidate, Simulator]]:
     """Drafts of a layout simulated, those that can be chosen and those that hold little first.
 
-    When the budget is spent, published schedules whose makespan alone is shorter than the best step so far still get
+    One of every published schedule is simulated in any case: quick figures know nothing of queues and the host. When
+    the budget is spent, further published schedules whose makespan alone is shorter than the best step so far still get
     their turn: none that could win is left out.
 
     Args:
@@ -324,17 +325,22 @@ def _simulated(drafts: Sequence[Draft], share: float) -> list[tuple[Candidate, S
         share: Of the budget.
     """
     first = list(range(min(_FIRST, len(drafts))))
+    fixed: dict[tuple[str, int], int] = {}
     least = float("inf")
     for index, draft in enumerate(drafts):
+        if draft.arguments is not None:
+            fixed.setdefault((draft.schedule.name, min(2, draft.schedule.placement.stages_per_rank)), index)
         # In the order of time: what holds less than all before it.
         if draft.quick_bytes < least:
             first.append(index)
             least = draft.quick_bytes
+    always = set(fixed.values())
     left, fastest = share * _SIMULATED_TASKS, float("inf")
     found: list[tuple[Candidate, Simulator]] = []
-    for index in dict.fromkeys([*first, *range(len(drafts))]):
+    for index in dict.fromkeys([*always, *first, *range(len(drafts))]):
         draft = drafts[index]
-        if left <= 0 and (draft.arguments is None or not _fits(draft) or draft.quick_seconds >= fastest):
+        may_win = draft.arguments is not None and _fits(draft) and draft.quick_seconds < fastest
+        if left <= 0 and index not in always and not may_win:
             continue
         left -= draft.setting.tasks
         candidate, simulator = _simulate(draft)
@@ -346,9 +352,14 @@ def _simulated(drafts: Sequence[Draft], share: float) -> list[tuple[Candidate, S
 
 def _simulate(draft: Draft) -> tuple[Candidate, Simulator]:
     setting = draft.setting
-    schedule = add_transfers(draft.schedule, setting.list_costs)
-    simulator = Simulator(schedule, setting.costs, setting.cuts, data_parallel=setting.data_parallel)
-    step = simulator.run()
+    lowered = [add_transfers(draft.schedule, setting.list_costs)]
+    if draft.arguments is not None and setting.costs.transport == "nccl":
+        # Where messages queue up, placing them for free queues can be worse than in the order of the tasks.
+        lowered.append(add_transfers(draft.schedule))
+    simulators = [Simulator(each, setting.costs, setting.cuts, data_parallel=setting.data_parallel) for each in lowered]
+    steps = [simulator.run() for simulator in simulators]
+    fastest = min(range(len(steps)), key=lambda index: steps[index].seconds)
+    schedule, simulator, step = lowered[fastest], simulators[fastest], steps[fastest]
     candidate = Candidate(
         draft.label + (", recomputed" if setting.recompute else ""),
         schedule,

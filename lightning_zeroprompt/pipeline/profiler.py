@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_zeroprompt.pipeline.chain import Calls, Chain
 from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
-from lightning_zeroprompt.pipeline.torch_compat import storage_key
+from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy, storage_key
 from lightning_zeroprompt.pipeline.weight_grad import WeightGradStore, defer_linears, restore_linears
 
 __all__ = ["DeviceMeter", "FlopMeter", "machine_name", "measure_link", "model_fingerprint", "profile_chain"]
@@ -117,7 +117,7 @@ class DeviceMeter:
         held = torch.cuda.memory_allocated(self.device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         # The device is kept busy while the host launches, so that its time has no gaps in it.
-        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
+        keep_busy()
         first.record()
         begin = time.perf_counter()
         phase()
@@ -161,34 +161,8 @@ class _FusedAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-
-        def fused(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            attn_mask: Tensor | None = None,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            scale: float | None = None,
-            enable_gqa: bool = False,
-        ) -> Tensor:
-            if enable_gqa:
-                k, v = (part.repeat_interleave(q.size(-3) // part.size(-3), -3) for part in (k, v))
-            if attn_mask is None:
-                operator = torch.ops.aten._scaled_dot_product_flash_attention
-                output: Tensor = operator(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
-            else:
-                shape = (*q.shape[:-1], k.size(-2))
-                operator = torch.ops.aten._scaled_dot_product_efficient_attention
-                output = operator(
-                    q, k, v, attn_mask.to(q.dtype).expand(shape), True, dropout_p, is_causal, scale=scale
-                )[0]
-            return output
-
-        return fused(*args, **kwargs)
+        run = fused_attention if func is F.scaled_dot_product_attention else func
+        return run(*args, **(kwargs or {}))
 
 
 def profile_chain(

@@ -26,6 +26,7 @@ from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link, stage_c
 from lightning_zeroprompt.pipeline.partition import block_cost, module_cost
 from lightning_zeroprompt.pipeline.pipeline import Pipeline
 from lightning_zeroprompt.pipeline.planner import Candidate, plan
+from lightning_zeroprompt.pipeline.profiler import model_fingerprint
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule
 from lightning_zeroprompt.pipeline.timeline import Lane
@@ -142,7 +143,10 @@ class AutoSchedule:
             ValueError: If there are fewer blocks than stages, or the costs are of another model.
         """
         costs, per_rank = self._given, self._stages_per_rank
-        if costs is None:
+        if costs is not None:
+            # Where they were measured is not compared: plans for a machine that one does not have are made, too.
+            costs.check_matches(model=model_fingerprint(chain), machine=costs.machine)
+        else:
             costs = estimated_costs(chain)
             # More stages cost launches and messages, of which parameters tell nothing.
             per_rank = per_rank or (2 if len(chain) >= 2 * ranks else 1)
