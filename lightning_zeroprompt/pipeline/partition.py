@@ -11,8 +11,9 @@ one unit. Where costs have been measured, ``measured_cuts`` takes those seconds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations, pairwise
+from math import comb
 from typing import TYPE_CHECKING
 
 from lightning_zeroprompt.pipeline.costs import Costs
@@ -56,6 +57,10 @@ _STAGE_WEIGHT = 0.25
 """What an uneven stage counts against an uneven rank: it is waited for while a pipeline fills, not all the time."""
 
 
+_FEW_CUTS = 2000
+"""So many are all tried; steps from cut to cut can end beside the best one."""
+
+
 def balanced_cuts(
     costs: Sequence[float],
     stages: int,
@@ -66,8 +71,8 @@ def balanced_cuts(
 ) -> list[tuple[int, int]]:
     """Cut a row of blocks into stages so that the largest stage cost is least, and among such cuts the most even.
 
-    Ranks with several stages also want equal sums: from that cut on, edges are moved, one or two at a time, as long as
-    that makes the most loaded rank lighter and no stage much heavier.
+    Ranks with several stages also want equal sums: of few cuts the best is taken; of many, edges are moved from that
+    cut on, one or two at a time, as long as that makes the most loaded rank lighter and no stage much heavier.
 
     Args:
         costs: Of each block.
@@ -160,6 +165,10 @@ def _even_ranks(
         return new if all(one < two for one, two in pairwise(new)) else None
 
     edges = [first for first, _ in cuts] + [cuts[-1][1]]
+    count = edges[-1]
+    if comb(count - 1, stages - 1) <= _FEW_CUTS:
+        every: Iterable[list[int]] = ([0, *between, count] for between in combinations(range(1, count), stages - 1))
+        return list(pairwise(min(every, key=lambda new: loads(new)[0])))
     value, of_ranks = loads(edges)
     inner = range(1, stages)
     while True:
