@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt search: how much better are the prompts, at one budget of (prompt, example) scorings, than the manual ones?
+
+Our genetic search, random search over its operators, GPS's procedure and, with ``--peers gepa``, a library, all driven
+by one model (``prompt_search_peers.py`` says how). A task has 64 labelled rows, 32 to search on and 32 to confirm on,
+and a test part that decides nothing. Gains are in points of test accuracy over the manual prompt that is best on the
+search part, by two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA choose; ``confirmed``, the
+exact test of :mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual prompt. Intervals
+are bootstrapped over tasks.
+
+``--setting builtin``: held-out built-in tasks in wordings that no training draws. ``--setting real``: T0's evaluation
+sets with promptsource templates, and further held-out tasks (``--data`` is a folder of ``heldout.parquet``,
+``tasks.jsonl``, ``t0/`` and ``templates_t0/``). The last line is one JSON object.
+
+    zeroprompt-train experiment=demo hydra.run.dir=RUN
+    python benchmarks/prompt_search.py --setting builtin --checkpoint RUN/checkpoints/final.ckpt --peers gepa
+    python benchmarks/prompt_search.py --setting builtin --checkpoint RUN/checkpoints/final.ckpt --overhead
+
+The library is no dependency: ``pip install --no-deps --target FOLDER gepa`` and ``PYTHONPATH=FOLDER``.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from prompt_search_peers import METHODS, Arena, Ranking
+from prompt_search_tasks import Found, builtin_pools, real_pools, t0_pools
+
+from lightning_zeroprompt.cli.prompts import Loaded
+from lightning_zeroprompt.prompts.confirm import Evidence, confirm
+from lightning_zeroprompt.prompts.fitness import PromptScorer
+from lightning_zeroprompt.prompts.forward import T5Forward
+from lightning_zeroprompt.prompts.generators import SpanInfiller
+from lightning_zeroprompt.prompts.genome import PromptGenome
+from lightning_zeroprompt.prompts.problem import build_problem, corpus_donors
+from lightning_zeroprompt.prompts.rounds import build_operators
+from lightning_zeroprompt.prompts.search import PromptSearch
+from lightning_zeroprompt.prompts.settings import SearchSettings
+from lightning_zeroprompt.prompts.significance import beats_chance, bootstrap_interval
+
+OWN_RULE = {
+    "genetic": "confirmed",
+    "random": "confirmed",
+    "random+race": "confirmed",
+    "gps": "top",
+    "gps+operators": "top",
+    "gepa": "top",
+}
+"""How each method chooses by itself."""
+LIBRARIES = ("gepa",)
+FINALISTS = 3
+FEWEST = 8
+"""Tasks with a manual prompt above chance that a conclusion needs."""
+
+
+class Judge:
+    """The manual prompt of a task, and what other prompts are worth beside it.
+
+    Args:
+        arena: The task.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        problem = arena.problem
+        self._own = {genome.fingerprint for genome in arena.manual}
+        self._confirm, self._test = (
+            PromptScorer(pool, arena.forward, arena.encoding, max_tokens=arena.max_tokens)
+            for pool in (problem.confirm, problem.test)
+        )
+        means = arena.scorer().score(arena.manual).fitness.mean(1, dtype=np.float64)
+        self.manual = arena.manual[int(np.nanargmax(means))]
+        pool = problem.test
+        right = np.add.reduceat(pool.right.astype(np.float64), pool.option_offsets[:-1])
+        self.chance = float((right / pool.num_options).mean())
+        outcome = self._test.score([self.manual]).outcome[0]
+        self.manual_test, self.manual_confirm = float(outcome.mean()), self._outcome(self._confirm, self.manual)
+        self.beats_chance = beats_chance(int(outcome.sum()), len(outcome), self.chance)
+
+    @staticmethod
+    def _outcome(scorer: PromptScorer, genome: PromptGenome) -> float:
+        return float(scorer.score([genome]).outcome.mean())
+
+    def judge(self, ranking: Ranking) -> dict[str, Any]:
+        """Test and confirm accuracy of a method's first prompt, and of what the confirmation leaves."""
+        top = ranking.prompts[0]
+        finalists = [genome for genome in ranking.prompts if genome.fingerprint not in self._own][:FINALISTS]
+        scores = self._confirm.score([self.manual, *finalists])
+        usable = [at for at in range(len(finalists)) if np.isfinite(scores.fitness[at + 1]).all()]
+        evidence = [Evidence(fitness=f, outcome=o) for f, o in zip(scores.fitness, scores.outcome, strict=True)]
+        found = confirm(evidence[0], [evidence[at + 1] for at in usable])
+        confirmed = self.manual if found.chosen is None else finalists[usable[found.chosen]]
+        record: dict[str, Any] = {"kept": found.chosen is not None, "spent": ranking.spent, "tried": ranking.tried}
+        record["p"] = min((comparison.adjusted_p for comparison in found.comparisons), default=None)
+        for rule, genome in (("top", top), ("confirmed", confirmed)):
+            record[rule] = {
+                "text": genome.text,
+                "gain": 100 * (self._outcome(self._test, genome) - self.manual_test),
+                "confirm_gain": 100 * (self._outcome(self._confirm, genome) - self.manual_confirm),
+            }
+        return record
+
+
+def pools(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, Found]]:
+    """Groups and tasks of a setting."""
+    tokenizer = loaded.corpus.tokenizer
+    if args.setting == "builtin":
+        seed = loaded.run.seed
+        for found in builtin_pools(tokenizer, count=args.tasks, rows=args.rows, seed=0, corpus_seed=seed):
+            yield "built-in", found
+        return
+    limits = {"rows": args.rows, "encoder_length": loaded.run.data.encoder_length}
+    for found in t0_pools(args.data, tokenizer, **limits):
+        yield "T0", found
+    for found in real_pools(args.data, tokenizer, count=args.tasks, seed=0, **limits):
+        yield "held-out", found
+
+
+def arenas(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, int, Arena]]:
+    """Every task under every seed."""
+    model, tokenizer = loaded.module.model, loaded.corpus.tokenizer
+    operators = build_operators(None, lambda: model, tokenizer, denoises=loaded.run.mixture.denoising > 0)
+    donors = corpus_donors(loaded.data.corpus, loaded.data.task_indices)
+    for (group, (pool, test_rows)), seed in itertools.product(list(pools(args, loaded)), range(args.seeds)):
+        problem = build_problem(pool, donors, population=args.population, k=64, seed=seed, test_rows=test_rows)
+        yield (
+            group,
+            seed,
+            Arena(
+                problem=problem,
+                forward=T5Forward(model),
+                encoding=loaded.encoding(),
+                operators=operators,
+                infiller=SpanInfiller(model, tokenizer),
+                population=args.population,
+                budget=args.budget,
+                seed=seed,
+                max_tokens=args.max_tokens,
+            ),
+        )
+
+
+def compare(args: argparse.Namespace, loaded: Loaded, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a task and seed."""
+    rows = []
+    for group, seed, arena in arenas(args, loaded):
+        judge, problem = Judge(arena), arena.problem
+        row: dict[str, Any] = {
+            "group": group,
+            "task": problem.name,
+            "seed": seed,
+            "counted": problem.parts.counted,
+            "test_rows": len(problem.test),
+            "manual_prompts": problem.num_manual,
+            "chance": judge.chance,
+            "manual": judge.manual_test,
+            "beats_chance": judge.beats_chance,
+        }
+        for name in methods:
+            since = time.perf_counter()
+            ranking = METHODS[name](arena)
+            seconds = time.perf_counter() - since
+            if ranking.spent > args.budget:
+                raise RuntimeError(f"{name} has spent {ranking.spent} scorings of {args.budget}")
+            row[name] = judge.judge(ranking) | {"seconds": seconds}
+        rows.append(row)
+        gains = "  ".join(f"{name} {row[name][OWN_RULE[name]]['gain']:+.1f}" for name in methods)
+        print(f"{group} {problem.name} seed {seed}: manual {row['manual']:.3f}, {gains}", flush=True)
+    return rows
+
+
+def by_task(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> list[float]:
+    """Means over seeds, one a task."""
+    tasks: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        tasks.setdefault(row["task"], []).append(value)
+    return [statistics.fmean(found) for found in tasks.values()]
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean and 95 % interval."""
+    low, high = bootstrap_interval(values)
+    return {"mean": statistics.fmean(values), "low": low, "high": high}
+
+
+def summary(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, Any]:
+    """Figures over tasks that count."""
+    counted = [row for row in rows if row["counted"]]
+    if not counted:
+        return {"tasks": 0}
+    result: dict[str, Any] = {"tasks": len({row["task"] for row in counted}), "searches": len(counted)}
+    for name in methods:
+        own = OWN_RULE[name]
+        entry: dict[str, Any] = {}
+        gains = {rule: [row[name][rule]["gain"] for row in counted] for rule in ("top", "confirmed")}
+        for rule, found in gains.items():
+            entry[f"gain_{rule}"] = interval(by_task(counted, found))
+        entry["rule"], entry["gain"] = own, entry[f"gain_{own}"]
+        for part, key in (("confirm", "confirm_gain"), ("test", "gain")):
+            entry[f"below_manual_on_{part}"] = sum(row[name][own][key] < 0 for row in counted)
+            entry[f"top_below_manual_on_{part}"] = sum(row[name]["top"][key] < 0 for row in counted)
+        entry["kept"] = sum(row[name]["kept"] for row in counted)
+        for key in ("spent", "tried", "seconds"):
+            entry[f"mean_{key}"] = statistics.fmean(row[name][key] for row in counted)
+        if name != "genetic" and "genetic" in methods:
+            ahead = [row["genetic"]["confirmed"]["gain"] - row[name][own]["gain"] for row in counted]
+            entry["genetic_ahead"] = interval(by_task(counted, ahead))
+        result[name] = entry
+    return result
+
+
+@contextlib.contextmanager
+def clocked(kind: type[Any], name: str, spent: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds in a method."""
+    inner = getattr(kind, name)
+
+    @functools.wraps(inner)
+    def timed(*given: Any, **named: Any) -> Any:
+        since = time.perf_counter()
+        try:
+            return inner(*given, **named)
+        finally:
+            key = kind.__name__
+            spent[key] = spent.get(key, 0.0) + time.perf_counter() - since
+
+    with mock.patch.object(kind, name, timed):
+        yield
+
+
+def overhead(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+    """Share of a search's time that is neither scoring nor a text model's, at population 64."""
+    spent: dict[str, float] = {}
+    total, scorings = 0.0, 0
+    settings = SearchSettings(population=64, generations=6)
+    args.population = 64
+    with clocked(PromptScorer, "score", spent), clocked(SpanInfiller, "__call__", spent):
+        for _, _, arena in itertools.islice(arenas(args, loaded), args.tasks):
+            search = PromptSearch(
+                arena.problem, arena.forward, arena.operators, settings, arena.encoding, max_tokens=args.max_tokens
+            )
+            since = time.perf_counter()
+            search.begin(0)
+            while search.advance():
+                pass
+            total += time.perf_counter() - since
+            scorings += search.scorers["search"].counts.scored
+    scoring, text = spent["PromptScorer"], spent.get("SpanInfiller", 0.0)
+    return {
+        "seconds": total,
+        "scorings": scorings,
+        "scoring_share": scoring / total,
+        "text_model_share": text / total,
+        "operators_and_bookkeeping_share": (total - scoring - text) / total,
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
+    """One line a task, means over seeds."""
+    titles = ["group", "task", "test rows", "chance", "manual", *methods]
+    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * (len(titles) - 2)]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        first = mine[0]
+        cells = [
+            first["group"] + ("" if first["counted"] else " (not counted)"),
+            f"`{task}`" + (" *" if any(row["beats_chance"] for row in mine) else ""),
+            f"{first['test_rows']}",
+            f"{first['chance']:.3f}",
+            f"{statistics.fmean(row['manual'] for row in mine):.3f}",
+        ]
+        for name in methods:
+            gain = statistics.fmean(row[name][OWN_RULE[name]]["gain"] for row in mine)
+            kept = sum(row[name]["kept"] for row in mine)
+            cells.append(f"{gain:+.1f}" + (f" ({kept}/{len(mine)})" if OWN_RULE[name] == "confirmed" else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=("builtin", "real"), default="builtin")
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data", type=Path, help="folder of the real tasks")
+    parser.add_argument("--tasks", type=int, default=24, help="held-out tasks, T0's sets not counted")
+    parser.add_argument("--rows", type=int, default=600, help="most rows a task")
+    parser.add_argument("--seeds", type=int, default=1, help="each with other parts and another search")
+    parser.add_argument("--budget", type=int, default=1500, help="scorings a search")
+    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--methods", default="genetic,random,random+race,gps,gps+operators")
+    parser.add_argument("--peers", default="", help=f"libraries to add: {', '.join(LIBRARIES)}")
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--overhead", action="store_true", help="time the search at population 64 instead")
+    parser.add_argument("--table", type=Path, help="write the table of tasks, Markdown")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if args.setting == "real" and args.data is None:
+        parser.error("--setting real reads --data FOLDER")
+    methods = [name for name in f"{args.methods},{args.peers}".split(",") if name]
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        parser.error(f"unknown method {unknown[0]}; there are: {', '.join(METHODS)}")
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"checkpoint": args.checkpoint, "run": None, "corpus": None, "device": "cpu"}
+        loaded = Loaded(OmegaConf.create({**config, "paths": {"output_dir": folder}}))
+    result: dict[str, Any] = {
+        "setting": args.setting,
+        "budget": args.budget,
+        "population": args.population,
+        "seeds": args.seeds,
+        "model_parameters": sum(parameter.numel() for parameter in loaded.module.parameters()),
+        "model_steps": loaded.module.loaded_steps,
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
+    if args.overhead:
+        print(json.dumps(result | {"overhead": overhead(args, loaded)}))
+        return
+    rows = compare(args, loaded, methods)
+    above = [row for row in rows if row["beats_chance"] and row["counted"]]
+    result["all"] = summary(rows, methods)
+    # A task counts as above chance if it is so in every seed's test part.
+    sure = {row["task"] for row in above} - {row["task"] for row in rows if not row["beats_chance"]}
+    result["above_chance"] = summary([row for row in rows if row["task"] in sure], methods)
+    count = result["above_chance"]["tasks"]
+    result["conclusion"] = (
+        f"none: {count} tasks have a manual prompt above chance (95 %), {FEWEST} are needed"
+        if count < FEWEST
+        else f"{count} tasks have a manual prompt above chance (95 %)"
+    )
+    if args.table is not None:
+        args.table.write_text(markdown(rows, methods), encoding="utf-8")
+    print(json.dumps(result | {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
