@@ -52,9 +52,10 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_zeroprompt.pipeline.catalogue import build_schedule
-from lightning_zeroprompt.pipeline.chain import find_chain
+from lightning_zeroprompt.pipeline.catalogue import build_schedule, is_listed
 from lightning_zeroprompt.pipeline.executor import MicroBatch
+from lightning_zeroprompt.pipeline.find_chain import find_chain
+from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.render import timeline_text, write_timeline
@@ -173,7 +174,8 @@ def run_ours(bench: Bench, micro_batches: int, *, name: str) -> Measured:
     ranks, count, settings = split_settings(bench, micro_batches, OURS[name])
     per_rank, kind = settings["stages_per_rank"], settings.pop("schedule")
     resident = min(2, per_rank) if kind.startswith("zeropp") else None
-    schedule = build_schedule(kind, ranks=ranks, micro_batches=count, resident=resident, **settings)
+    costs = TYPICAL_COSTS if is_listed(kind, settings.get("vshape", False)) else None
+    schedule = build_schedule(kind, ranks=ranks, micro_batches=count, resident=resident, costs=costs, **settings)
     model = bench.model()
     chain = find_chain(model)
     cuts = cut_chain(chain, schedule.placement)

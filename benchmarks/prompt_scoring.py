@@ -71,7 +71,9 @@ def build(args: argparse.Namespace) -> tuple[ExamplePool, list[PromptGenome]]:
         )
         for i in range(args.prompts)
     ]
-    tokenizer = BpeTokenizer.train([*(example.input for example in examples), *OPTIONS, *words], 4096)
+    # Twice, so that every word is frequent enough to be a token, as common words are in a corpus of their own.
+    texts = [example.input for example in examples] + [prompt.text for prompt in prompts] + [*OPTIONS]
+    tokenizer = BpeTokenizer.train(2 * texts, 4096)
     templates = (PromptTemplate(name="manual", text="Say it:\n{input}"),)
     return ExamplePool.from_examples("benchmark", examples, templates, tokenizer), prompts
 
@@ -212,7 +214,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=0, help="at least so many ids; the tokeniser has some 1,000")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--examples", type=int, default=64)
-    parser.add_argument("--words", type=int, default=20, help="mean words of an input")
+    parser.add_argument("--words", type=int, default=30, help="mean words of an input")
     parser.add_argument("--sample", type=int, default=100, help="pairs that each loop of the peer is timed over")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=8192, help="padded tokens a batch")

@@ -4,7 +4,7 @@
 Our genetic search, random search over its operators, GPS's procedure and, with ``--peers gepa``, a library, all driven
 by one model (``prompt_search_peers.py`` says how). A task has 64 labelled rows, 32 to search on and 32 to confirm on,
 and a test part that decides nothing. Gains are in points of test accuracy over the manual prompt that is best on the
-search part, by two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA choose; ``confirmed``, the
+search part (by accuracy, then fitness), by two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA choose; ``confirmed``, the
 exact test of :mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual prompt. Intervals
 are bootstrapped over tasks.
 
@@ -36,7 +36,7 @@ from unittest import mock
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from prompt_search_peers import METHODS, Arena, Ranking
+from prompt_search_peers import METHODS, Arena, Ranking, ranked_by_accuracy
 from prompt_search_tasks import Found, builtin_pools, real_pools, t0_pools
 
 from lightning_zeroprompt.cli.prompts import Loaded
@@ -80,8 +80,7 @@ class Judge:
             PromptScorer(pool, arena.forward, arena.encoding, max_tokens=arena.max_tokens)
             for pool in (problem.confirm, problem.test)
         )
-        means = arena.scorer().score(arena.manual).fitness.mean(1, dtype=np.float64)
-        self.manual = arena.manual[int(np.nanargmax(means))]
+        self.manual = ranked_by_accuracy(arena.scorer(), arena.manual)[0]
         pool = problem.test
         right = np.add.reduceat(pool.right.astype(np.float64), pool.option_offsets[:-1])
         self.chance = float((right / pool.num_options).mean())
@@ -176,7 +175,9 @@ def compare(args: argparse.Namespace, loaded: Loaded, methods: Sequence[str]) ->
                 raise RuntimeError(f"{name} has spent {ranking.spent} scorings of {args.budget}")
             row[name] = judge.judge(ranking) | {"seconds": seconds}
         rows.append(row)
-        gains = "  ".join(f"{name} {row[name][OWN_RULE[name]]['gain']:+.1f}" for name in methods)
+        gains = "  ".join(
+            f"{name} {row[name]['top']['gain']:+.1f}/{row[name]['confirmed']['gain']:+.1f}" for name in methods
+        )
         print(f"{group} {problem.name} seed {seed}: manual {row['manual']:.3f}, {gains}", flush=True)
     return rows
 

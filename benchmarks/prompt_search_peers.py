@@ -38,7 +38,7 @@ from lightning_zeroprompt.prompts.racing import Race, RaceSettings, run_race
 from lightning_zeroprompt.prompts.search import PromptSearch
 from lightning_zeroprompt.prompts.settings import SearchSettings
 
-__all__ = ["METHODS", "Arena", "Ranking"]
+__all__ = ["METHODS", "Arena", "Ranking", "ranked_by_accuracy"]
 
 _BATCH = 16
 _GPS_GENERATIONS = 4
@@ -102,6 +102,14 @@ def _ranked(prompts: Sequence[PromptGenome], values: Any) -> list[PromptGenome]:
     return [prompts[place] for _, place in order]
 
 
+def ranked_by_accuracy(scorer: PromptScorer, prompts: Sequence[PromptGenome]) -> list[PromptGenome]:
+    """By accuracy, then mean fitness, on all rows, best first: how our search takes manual prompts and finalists."""
+    scores = scorer.score(prompts)
+    by_fitness = _ranked(prompts, scores.fitness.mean(1, dtype=np.float64))
+    accuracy = dict(zip(prompts, scores.outcome.mean(1, dtype=np.float64).tolist(), strict=True))
+    return _ranked(by_fitness, [accuracy[prompt] for prompt in by_fitness])
+
+
 def genetic(arena: Arena) -> Ranking:
     settings = SearchSettings(
         population=arena.population, generations=1000, budget=arena.budget, seed=arena.seed, hall_of_fame=12
@@ -151,8 +159,8 @@ class _Walk:
 def random_search(arena: Arena) -> Ranking:
     scorer = arena.scorer()
     prompts = _Walk(arena, scorer).grow(arena.budget // len(arena.problem.search))
-    values = scorer.score(prompts).fitness.mean(1, dtype=np.float64)
-    return Ranking(prompts=_ranked(prompts, values), spent=scorer.counts.scored, tried=len(prompts))
+    ranking = ranked_by_accuracy(scorer, prompts)
+    return Ranking(prompts=ranking, spent=scorer.counts.scored, tried=len(prompts))
 
 
 def random_race(arena: Arena) -> Ranking:
@@ -182,8 +190,7 @@ def random_race(arena: Arena) -> Ranking:
     # The manual prompts have been scored on everything, whether they stayed in the race or not.
     finished = [prompts[entry.candidate] for entry in race.standings() if entry.seen == size]
     finished = list(dict.fromkeys([*finished, *arena.manual]))
-    values = scorer.score(finished).fitness.mean(1, dtype=np.float64)
-    return Ranking(prompts=_ranked(finished, values), spent=scorer.counts.scored, tried=len(prompts))
+    return Ranking(prompts=ranked_by_accuracy(scorer, finished), spent=scorer.counts.scored, tried=len(prompts))
 
 
 class _Continuation:
@@ -305,8 +312,7 @@ def gepa(arena: Arena) -> Ranking:
     import gepa as library
 
     scorer, rows = arena.scorer(), list(range(len(arena.problem.search)))
-    means = scorer.score(arena.manual).fitness.mean(1, dtype=np.float64)
-    ranked = _ranked(arena.manual, means)
+    ranked = ranked_by_accuracy(scorer, arena.manual)
     adapter = _Adapter(arena, scorer, ranked[0])
     if not adapter.parts:
         return Ranking(prompts=ranked, spent=scorer.counts.scored, tried=len(ranked))

@@ -16,7 +16,7 @@ from lightning_zeroprompt.cli.checkpoints import load_module
 from lightning_zeroprompt.cli.config import run_config
 from lightning_zeroprompt.data.corpus import Corpus
 from lightning_zeroprompt.data.datamodule import TaskDataModule
-from lightning_zeroprompt.data.sources.table import read_table
+from lightning_zeroprompt.data.sources.table import read_examples
 from lightning_zeroprompt.data.task import Example, PromptTemplate
 from lightning_zeroprompt.files import json_bytes, write_files
 from lightning_zeroprompt.models.module import Text2TextModule
@@ -89,17 +89,13 @@ class Loaded:
 
 
 def _own_pool(examples: DictConfig, name: str, corpus: Corpus) -> tuple[ExamplePool, Any]:
-    given = examples.options
-    options = [str(option) for option in given] if OmegaConf.is_list(given) else given
+    options = examples.options
+    choices: dict[str, Any] = {"options_column": options} if isinstance(options, str) else {}
+    if OmegaConf.is_list(options):
+        choices = {"labels": [str(option) for option in options]}
 
     def read(path: str) -> list[Example]:
-        found = read_table(
-            path,
-            input_column=examples.input,
-            output_column=examples.output,
-            options=options,
-            separator=examples.separator,
-        )
+        found = read_examples(path, input_column=examples.input, output_column=examples.output, **choices)
         # What a pool would leave out: nothing can be chosen there.
         return [e for e in found if e.options is None or len(e.options) < 2 or len(set(e.options)) > 1]
 

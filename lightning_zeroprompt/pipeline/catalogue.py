@@ -7,7 +7,7 @@ from lightning_zeroprompt.pipeline import orders
 from lightning_zeroprompt.pipeline.lowering import add_collectives
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
 
-__all__ = ["SCHEDULES", "build_schedule"]
+__all__ = ["SCHEDULES", "build_schedule", "is_listed"]
 
 SCHEDULES: dict[str, str] = {
     "zeropp": "ZeroPP, unit after unit",
@@ -22,6 +22,11 @@ SCHEDULES: dict[str, str] = {
 
 _ONE_STAGE = ("1f1b", "zb_h1")
 _UNITS = ("zeropp", "zeropp_overlap")
+
+
+def is_listed(name: str, vshape: bool) -> bool:
+    """Whether a schedule's order is made by simulating times, so that it can be given ``costs`` and ``cap``."""
+    return name == "zeropp_overlap" or (name == "zeropp" and vshape)
 
 
 def build_schedule(
@@ -87,7 +92,7 @@ def build_schedule(
         )
     placement = Placement(ranks, stages_per_rank, vshape)
     least = (stages_per_rank - 1) * unit + 1
-    listed = name == "zeropp_overlap" or (name == "zeropp" and vshape)
+    listed = is_listed(name, vshape)
     if cap is not None and not listed:
         raise ValueError(f"cap={cap} with schedule {name!r}: its memory is fixed by its order; leave cap out")
     if costs is not None and not listed:

@@ -14,11 +14,8 @@ block is fed the output of the one before, and that nothing else that a block is
 first call, that nothing else depends on the stream at all. A replay's stream is NaN between the blocks, so that a loss
 that reads it there is noticed. (Of the first form see ``chain_check``.)
 
-An empty key-value cache (what ``transformers`` models make where ``use_cache`` is not switched off) is not passed on to
-blocks: it would fill with keys that nobody reads, and once more when a checkpointed block runs again.
-
 Modules outside the blocks live on the first stage (registered before the blocks) or the last (behind). Where a rank
-lacks one, its stand-in returns NaN in the right shape: code that really needed it cannot go unnoticed.
+lacks one, a stand-in is in its place too (see ``stand_in``). ``find_chain`` says which modules are blocks.
 
 Alternatives: tracing (``torch.export``) asks for a traceable step; asking the user to split the step by hand is what
 Megatron-LM and torchtitan do, and no drop-in.
@@ -36,13 +33,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from lightning_zeroprompt.pipeline.stand_in import StandIn, nothing_of, without_caches
 from lightning_zeroprompt.pipeline.torch_compat import is_compiled
 
-__all__ = ["Calls", "Chain", "StageMemo", "find_chain"]
+__all__ = ["Calls", "Chain", "StageMemo"]
 
 _Made = TypeVar("_Made")
 
@@ -85,35 +82,6 @@ class StageMemo:
 
 class _Captured(BaseException):
     """The last block has been reached; not an ``Exception``, which user code may catch."""
-
-
-class _StandIn(nn.Module):
-    """In a block's place while user code runs; attributes are the block's."""
-
-    def __init__(self, block: nn.Module, call: Callable[..., Any]) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)
-        object.__setattr__(self, "_call", call)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.__dict__["_block"], name)
-        if isinstance(value, nn.Parameter) and value.is_meta:
-            raise RuntimeError(
-                f"user code reads the parameter {name!r} of {type(self.__dict__['_block']).__name__}, which another "
-                "rank holds. A tied weight has to be a parameter of both modules (self.head.weight = "
-                "self.embedding.weight); for anything else return blocks that hold what they use from "
-                "configure_pipeline()"
-            )
-        if isinstance(value, Tensor) and name in vars(self.__dict__["_block"]):
-            raise RuntimeError(
-                f"user code reads {name!r} of {type(self.__dict__['_block']).__name__}, a tensor that the block makes "
-                "when it runs, on another rank perhaps. Return (target, blocks) from configure_pipeline() with blocks "
-                "that pass it on"
-            )
-        return value
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_call"](*args, **kwargs)
 
 
 class Chain:
@@ -286,13 +254,13 @@ class Chain:
         def whole(*args: Any, **kwargs: Any) -> Any:
             if reached[0]:
                 raise ValueError(self._called_again())
-            calls.args, calls.kwargs = _without_caches((args, kwargs))
+            calls.args, calls.kwargs = without_caches((args, kwargs))
             return finish()
 
         def block_call(index: int) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 self._check_call(index, reached[0], token[0], args)
-                calls.extra.append(_without_caches((args[1:], kwargs)))
+                calls.extra.append(without_caches((args[1:], kwargs)))
                 self._check_extra(index, calls.extra[-1])
                 if index == 0:
                     calls.args = args[:1]
@@ -312,7 +280,7 @@ class Chain:
         swaps: list[tuple[nn.Module, str, nn.Module]] = []
 
         def swap(module: nn.Module, call: Callable[..., Any]) -> None:
-            stand_in = _StandIn(module, call)
+            stand_in = StandIn(module, call)
             if id(module) not in self._places:
                 self._places[id(module)] = _places(self.root, module)
             for parent, name in self._places[id(module)]:
@@ -387,14 +355,7 @@ class Chain:
                     f"side of them, where its parameters were placed. Register it {way} the blocks, or make it a block "
                     f"with configure_pipeline(){again if over else ''}"
                 )
-            device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-            # Copies of tied parameters may be real, or sharded, on this rank.
-            weights = {
-                name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in module.named_parameters()
-            }
-            with torch.no_grad():
-                shapes = functional_call(module, weights, _to_meta(args), _to_meta(kwargs))
-            return tree_map_only(Tensor, lambda shape: _nothing(shape, device), shapes)
+            return nothing_of(module, args, kwargs)
 
         return call
 
@@ -443,30 +404,6 @@ def _places(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(parent, name) for parent in root.modules() for name, child in parent._modules.items() if child is module]
 
 
-def _is_cache(part: Any) -> bool:
-    return hasattr(type(part), "get_seq_length") and hasattr(type(part), "update")
-
-
-def _without_caches(given: Any) -> Any:
-    """Without key-value caches, which are none of a micro-batch's data.
-
-    Raises:
-        ValueError: If one is not empty.
-    """
-
-    def leave_out(part: Any) -> Any:
-        if not _is_cache(part):
-            return part
-        if part.get_seq_length():
-            raise ValueError(
-                f"blocks are given a {type(part).__name__} of {part.get_seq_length()} earlier positions, which cannot "
-                "reach other stages: pass the whole sequence and use_cache=False"
-            )
-        return None
-
-    return tree_map(leave_out, given, is_leaf=_is_cache)
-
-
 def _same(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one.shape == two.shape and bool(((one == two) | ((one != one) & (two != two))).all())
@@ -474,61 +411,8 @@ def _same(one: Any, two: Any) -> bool:
     return one == two if isinstance(one, (bool, int, float, str)) else True
 
 
-def _to_meta(part: Any) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), part)
-
-
-def _nothing(shape: Tensor, device: torch.device | None) -> Tensor:
-    filled = torch.empty(shape.shape, dtype=shape.dtype, device=device)
-    return filled.fill_(float("nan")) if filled.is_floating_point() else filled.zero_()
-
-
 def _inside_checkpoint() -> bool:
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
         frame = frame.f_back
     return frame is not None
-
-
-def find_chain(root: nn.Module) -> Chain:
-    """Find what to cut into stages.
-
-    In this order: what ``root.configure_pipeline()`` returns (``(target, blocks)`` or a list of blocks), the
-    ``nn.Sequential`` or ``nn.ModuleList`` with the most parameters; a Sequential is a target, a list's blocks have to
-    be called by user code one after another.
-
-    Args:
-        root: A LightningModule, or any module.
-
-    Raises:
-        ValueError: If there is none, with the way out.
-    """
-    hook = getattr(root, "configure_pipeline", None)
-    if hook is not None:
-        answer = hook()
-        if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], nn.Module):
-            target, blocks = answer
-        else:
-            target, blocks = None, answer
-        blocks = list(blocks) if isinstance(blocks, (list, tuple, nn.ModuleList, nn.Sequential)) else None
-        if not blocks or not all(isinstance(block, nn.Module) for block in blocks):
-            raise ValueError(
-                "configure_pipeline() has to return (target, [block, ...]) or [block, ...], all of them modules; "
-                f"it returned {type(answer).__name__}"
-            )
-        return Chain(root, blocks, target, "the blocks of configure_pipeline()")
-    best: tuple[int, str, nn.Module] | None = None
-    for name, module in root.named_modules():
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) > 1 and module is not root:
-            size = sum(parameter.numel() for parameter in module.parameters())
-            # The outermost of equals: a list inside a list is the same parameters once more.
-            if size and (best is None or size > best[0]):
-                best = (size, name, module)
-    if best is None:
-        raise ValueError(
-            f"{type(root).__name__} has no nn.Sequential and no nn.ModuleList with parameters to cut into stages; say "
-            "what to pipeline with configure_pipeline(), which returns (module, [block, ...])"
-        )
-    _, name, module = best
-    blocks = list(module.children())
-    return Chain(root, blocks, module if isinstance(module, nn.Sequential) else None, repr(name))

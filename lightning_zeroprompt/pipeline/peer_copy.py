@@ -20,6 +20,7 @@ import ctypes
 import functools
 import os
 import socket
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _ALIGNMENT = 256
 _RING_BYTES = 64 * 2**20
 _HEAD_BYTES = 1024
 """In front of the rings: four counters, one for each queue that a rank sends or receives by."""
+_FAR = 2**30
 _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ: counters may wrap around
 
 
@@ -63,6 +65,9 @@ class Ring:
     Args:
         size: Bytes of the ring, a multiple of 256.
 
+    Attributes:
+        count: How many chunks have been placed.
+
     Example:
         >>> ring = Ring(1024)
         >>> ring.place(300)
@@ -76,7 +81,8 @@ class Ring:
     def __init__(self, size: int) -> None:
         if size < 2 * _ALIGNMENT or size % _ALIGNMENT:
             raise ValueError(f"size={size}: a ring has a multiple of {_ALIGNMENT} bytes, at least {2 * _ALIGNMENT}")
-        self._size, self._position, self._count, self._behind = size, 0, 0, 0
+        self.count = 0
+        self._size, self._position, self._behind = size, 0, 0
         self._live: deque[int] = deque()
 
     def place(self, length: int) -> list[Chunk]:
@@ -95,8 +101,8 @@ class Ring:
                 self._live.popleft()
                 self._behind += 1
             self._live.append(self._position)
-            chunks.append(Chunk(self._count, offset, part, self._behind))
-            self._count += 1
+            chunks.append(Chunk(self.count, offset, part, self._behind))
+            self.count += 1
             self._position += padded
             length -= part
         return chunks
@@ -144,6 +150,10 @@ class _Queue:
 
     def raise_to(self, count: int) -> None:
         _call("cuStreamWriteValue32_v2", self.stream.cuda_stream, self.raises, count)
+
+    def release(self, stream: torch.cuda.Stream) -> None:
+        """End this end's waits, whatever the other end does."""
+        _call("cuStreamWriteValue32_v2", stream.cuda_stream, self.waits_for, self.ring.count + _FAR)
 
 
 class PeerCopies:
@@ -221,6 +231,35 @@ class PeerCopies:
             queue.raise_to(chunk.index + 1)
 
         return queue.run(tensor, step)
+
+    def release(self) -> None:
+        """End all waits of this GPU, behind an error: what comes is not to be used, nor is this object.
+
+        A GPU that waits for a rank which has failed would wait for ever, and its process with it.
+        """
+        stream = torch.cuda.Stream(self._mine.device)  # type: ignore[no-untyped-call]
+        for queue in (*self._sends.values(), *self._receives.values()):
+            queue.release(stream)
+
+    @staticmethod
+    def make(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.device) -> PeerCopies | None:
+        """Copies for a pipeline whose GPUs reach each other; None for others. All ranks ask together."""
+        if not PeerCopies.possible(group, control, device):
+            return None
+        copies, error = None, None
+        try:
+            copies = PeerCopies(group, control, device)
+        except RuntimeError as raised:
+            error = str(raised).splitlines()[0]
+        errors: list[str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group=control)
+        failed = next((text for text in errors if text is not None), None)
+        if failed is not None:
+            warnings.warn(
+                f"GPUs cannot copy to each other ({failed}); messages go by NCCL, which is slower", stacklevel=2
+            )
+            return None
+        return copies
 
     @staticmethod
     def possible(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.device) -> bool:

@@ -131,6 +131,8 @@ class Pipeline:
         if self.sharded:
             self._shard(whole, precision or MixedPrecisionPolicy(), CPUOffloadPolicy() if cpu_offload else None)
         named = dict(chain.root.named_parameters())
+        # Walking over a model's modules takes milliseconds, and steps ask several times.
+        self._parameters = {name: parameter for name, parameter in named.items() if name in self.owned}
         self.copies: dict[str, nn.Parameter] = {name: named[name] for name in sorted(self.owned & set(self._sums))}
         # NCCL makes a group's communicator at its first use, which all of its ranks have to join: no send can be that.
         dist.all_reduce(torch.zeros(1, device=device), group=groups.pipeline)
@@ -203,7 +205,7 @@ class Pipeline:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters under the names of the whole model."""
-        return {name: p for name, p in self.chain.root.named_parameters() if name in self.owned}
+        return dict(self._parameters)
 
     def train_step(
         self, schedule: Schedule, micro_batches: Sequence[MicroBatch], loss: Callable[[Any, int], Tensor]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,9 +174,22 @@ def shard_stage(
         settings["offload_policy"] = offload
     for part in (*_used_by_several(module.blocks, whole), module):
         fully_shard(part, ignored_params=whole, **settings)
+    if precision.param_dtype is not None and precision.cast_forward_inputs:
+        # FSDP casts what comes into a group; every block is given what it would be given as one.
+        for block in module.blocks:
+            block.register_forward_pre_hook(partial(_cast_inputs, precision.param_dtype), with_kwargs=True)
     module.set_requires_gradient_sync(False)  # type: ignore[operator]
     module.set_reshard_after_backward(False)  # type: ignore[operator]
     module.set_is_last_backward(False)  # type: ignore[operator]
+
+
+def _cast_inputs(
+    dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    cast: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(
+        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (args, kwargs)
+    )
+    return cast
 
 
 def _used_by_several(blocks: Sequence[nn.Module] | nn.ModuleList, whole: set[nn.Parameter]) -> list[nn.Module]:

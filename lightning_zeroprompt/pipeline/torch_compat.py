@@ -10,6 +10,7 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
 * ``gather_stage`` gathers a stage outside of a schedule, also before its first forward pass.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
+* ``saving_is_hooked`` says whether a checkpoint, or offloading, handles what autograd saves.
 * ``map_peers`` gives memory that other processes of the host map too (symmetric memory).
 * ``forget_process_groups`` lets a process be a rank of one world after another.
 * ``shard_like`` and ``SafeFileSystemReader`` are for checkpoints: shards without messages, folders without pickles.
@@ -21,7 +22,7 @@ import logging
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,9 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_s
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.schedule import Kind, Task
 from lightning_zeroprompt.pipeline.timeline import Cause
-from lightning_zeroprompt.pipeline.weight_grad import GradBuffer
+
+if TYPE_CHECKING:
+    from lightning_zeroprompt.pipeline.weight_grad import GradBuffer
 
 __all__ = [
     "RuntimeBase",
@@ -56,6 +59,7 @@ __all__ = [
     "is_compiled",
     "map_peers",
     "reduce_gradients",
+    "saving_is_hooked",
     "shard_like",
     "to_actions",
 ]
@@ -253,13 +257,18 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def saving_is_hooked() -> bool:
+    """Whether ``torch.autograd.graph.saved_tensors_hooks`` are in force, as they are in a checkpoint's forward pass."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def reduce_gradients(root: FSDPModule) -> None:
     """Reduce-scatter what has been summed for a stage's parameters, without waiting; weights stay as they are."""
-    root.set_requires_gradient_sync(True)
-    root.set_reshard_after_backward(False)
     for group in _param_groups(root):
+        # As ``set_requires_gradient_sync`` does, without walking over all modules of the stage.
+        group.reduce_grads = group.all_reduce_grads = True
         group.post_backward()
-    root.set_requires_gradient_sync(False)
+        group.reduce_grads = group.all_reduce_grads = False
 
 
 def finish_reductions(root: FSDPModule) -> None:

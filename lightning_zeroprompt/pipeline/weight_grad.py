@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Split backward passes: the gradients of Linear weights are left for later, everything else is ordinary autograd.
 
-While a ``WeightGradStore`` records, an ``nn.Linear`` whose backward pass runs returns the gradient of its input and
-appends the pair (input, gradient of the output), detached, to the store instead of multiplying it out. ``take`` hands
-over what has been appended as a function; calling it is the W of that micro-batch. This is what
-``PipelineStage(dw_builder=...)`` of torch asks for.
+While a ``WeightGradStore`` records, an ``nn.Linear`` runs with its weight detached, so that autograd makes the gradient
+of its input alone, and a hook in front of that appends the pair (input, gradient of the output), detached, to the store
+instead of multiplying it out. Where a hook would not do (no gradient for the input, autocast, checkpoints), an
+``autograd.Function`` does the same. ``take`` hands over what has been appended as a function; calling it is the W of
+that micro-batch. This is what ``PipelineStage(dw_builder=...)`` of torch asks for.
 
 Alternatives: torch's own split walks the autograd graph once a parameter group. A prototype of this engine ran the same
 orders at 0.57 to 0.84 of the no-bubble limit with it, and at 0.92 to 0.98 with deferred Linears (two H200, 2.7B
@@ -21,12 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lightning_zeroprompt.pipeline.torch_compat import saving_is_hooked
 
 __all__ = ["DeferredLinear", "GradBuffer", "WeightGradStore", "defer_linears", "restore_linears"]
 
@@ -169,6 +172,27 @@ class _Linear(torch.autograd.Function):
         return dy @ (weight if weight.dtype == dy.dtype else weight.to(dy.dtype)), None, None, None
 
 
+class _Catch:
+    """A hook in front of a Linear's backward pass: pairs the gradient with the input, which it then lets go of."""
+
+    __slots__ = ("bias", "input", "store", "version", "weight")
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStore) -> None:
+        self.input: Tensor | None = x
+        self.weight, self.bias, self.store, self.version = weight, bias, store, x._version
+
+    def __call__(self, grad_outputs: tuple[Tensor, ...]) -> None:
+        (grad_output,) = grad_outputs
+        if self.input is None or torch.is_grad_enabled():
+            raise RuntimeError(
+                "a second backward pass through a Linear whose weight gradient is deferred, or gradients of its "
+                "gradients, were asked for; the weight's part of them would be missing"
+            )
+        x, dy = self.input.detach(), grad_output.detach()
+        self.input = None
+        self.store._pending.append(_Pending(x, dy, self.weight, self.bias, (self.version, dy._version)))
+
+
 class DeferredLinear(nn.Linear):
     """An ``nn.Linear`` that defers the gradients of its parameters while a store records."""
 
@@ -182,25 +206,41 @@ class DeferredLinear(nn.Linear):
             ``(..., out_features)``.
         """
         store = WeightGradStore._recording
-        if store is None or not self._defers():
+        # Straight from the table: a module's attributes are looked up by slow Python. What is computed is not in it.
+        own = self._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        if store is None or "bias" not in own or not _defers(weight, bias):
             return super().forward(input)
-        # The Function sees a matrix: of more dimensions, the result of F.linear is a view made inside a Function, and
-        # autograd refuses to have such a view changed in place, as nn.ReLU(inplace=True) does.
-        rows = input.flatten(0, -2) if input.dim() > 2 else input
-        if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, self.weight.dtype):
-            rows = rows.to(torch.get_autocast_dtype(input.device.type))
-        output: Tensor = _Linear.apply(rows, self.weight, self.bias, store)  # type: ignore[no-untyped-call]
-        return output.view(*input.shape[:-1], self.out_features) if input.dim() > 2 else output
+        autocast = torch.is_autocast_enabled(input.device.type)
+        shape = input.shape
+        # Without a gradient to make there would be no node to be told of one; autocast would cast, and save, the weight
+        # once a call; a checkpoint drops what is saved in its forward pass, and would not drop what a hook holds.
+        if input.requires_grad and input.dtype == weight.dtype and not autocast and not saving_is_hooked():
+            # With a bias the result for more than a matrix is a view, which loses its node when it is changed in place.
+            rows = input.flatten(0, -2) if bias is not None and len(shape) > 2 else input
+            output = F.linear(rows, weight.detach(), None if bias is None else bias.detach())
+            node: Any = output.grad_fn
+            node.register_prehook(_Catch(rows, weight, bias, store))
+        else:
+            # The Function sees a matrix: autograd refuses to have a view made inside of it changed in place.
+            rows = input.flatten(0, -2) if len(shape) > 2 else input
+            if autocast and torch.float64 not in (input.dtype, weight.dtype):
+                rows = rows.to(torch.get_autocast_dtype(input.device.type))
+            output = _Linear.apply(rows, weight, bias, store)  # type: ignore[no-untyped-call]
+        return output if rows is input else output.view(*shape[:-1], self.out_features)
 
-    def _defers(self) -> bool:
-        own: tuple[Tensor | None, ...] = (self.weight, self.bias)
-        return (
-            torch.is_grad_enabled()
-            and not self.weight.is_complex()
-            # What is no leaf is computed from parameters: its gradient has further to go.
-            and all(tensor is None or tensor.is_leaf for tensor in own)
-            and any(tensor is not None and tensor.requires_grad for tensor in own)
-        )
+
+def _defers(weight: Tensor | None, bias: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a Linear has gradients to leave for later."""
+    return (
+        torch.is_grad_enabled()
+        and weight is not None
+        # What is no leaf is computed from parameters: its gradient has further to go.
+        and weight.is_leaf
+        and (bias is None or bias.is_leaf)
+        and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        and not weight.is_complex()
+    )
 
 
 def defer_linears(module: nn.Module) -> int:

@@ -226,14 +226,7 @@ class PromptGenome:
         Runs of blank space count as one space, or as one line break where they hold one; case counts. How the text is
         spread over slots does not, nor do the order and separator of options that are not shown.
         """
-        segments = _segments(self.text)
-        content: list[Any] = [[s.text] if s.is_placeholder else _normalised(s.text) for s in segments]
-        for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
-            if content and isinstance(content[end], str):
-                content[end] = strip(content[end])
-        shown = [self.option_order, self.option_separator] if [OPTIONS] in content else []
-        record = [[part for part in content if part], self.verbalizer, shown, self.soft_prompt]
-        return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+        return _fingerprint(self)
 
     def literals(self) -> tuple[LiteralPart, ...]:
         """All literal text in the four slots, in the slots' order; empty stretches are left out."""
@@ -345,3 +338,15 @@ def _normalised(text: str) -> str:
 
 def _blank(space: str) -> Literal["", " ", "\n"]:
     return "\n" if len((space + ".").splitlines()) > 1 else " " if space else ""
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _fingerprint(genome: PromptGenome) -> str:
+    segments = _segments(genome.text)
+    content: list[Any] = [[s.text] if s.is_placeholder else _normalised(s.text) for s in segments]
+    for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        if content and isinstance(content[end], str):
+            content[end] = strip(content[end])
+    shown = [genome.option_order, genome.option_separator] if [OPTIONS] in content else []
+    record = [[part for part in content if part], genome.verbalizer, shown, genome.soft_prompt]
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()

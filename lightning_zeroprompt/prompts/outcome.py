@@ -30,7 +30,7 @@ class Choice:
 
     Attributes:
         manual: The manual prompt that was best on the search part.
-        finalists: The best other prompts of the hall of fame, best first, as far as their scores are finite.
+        finalists: Those of the search, best first, as far as their scores are finite.
         confirmation: What the confirm part says of them; None where the manual prompt's own scores are not finite.
     """
 
@@ -61,9 +61,7 @@ def choose_prompt(search: PromptSearch) -> Choice:
     Args:
         search: After a round.
     """
-    settings, manual = search.settings, search.manual
-    own = {candidate.genome.fingerprint for candidate in search.problem.manual}
-    finalists = [one.candidate for one in search.hall if one.key not in own][: settings.finalists]
+    settings, manual, finalists = search.settings, search.manual, search.finalists()
     scores = search.scorers["confirm"].score([c.genome for c in (manual, *finalists)], outcomes=True)
     usable = [bool(np.isfinite(row).all()) for row in scores.fitness]
     if not usable[0]:

@@ -15,7 +15,8 @@ alone, so that results with other k are compared on the same rows. Equal inputs 
 equal inputs the first is used and the others are left out, and no row with an input of a given test part is used. Rows
 are taken from one seeded order a label, search and confirm in turn, so a smaller k is contained in a larger one.
 
-Everything here is a pure function of labels, keys and seed. Cost: 3 ms for 10,000 rows.
+Everything here is a pure function of labels, keys and seed. Cost: 5 ms for 1,000 rows, most of it to compare inputs
+(processor time, one core).
 """
 
 import dataclasses

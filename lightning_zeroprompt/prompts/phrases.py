@@ -9,6 +9,7 @@ blank space at both ends stays where it is, so that a text keeps its distance to
 """
 
 import dataclasses
+import functools
 import unicodedata
 
 __all__ = ["Phrases", "split_phrases"]
@@ -79,6 +80,7 @@ class Phrases:
         return before + phrase + behind
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def split_phrases(text: str) -> Phrases:
     """Cut a text into phrases.
 

@@ -15,8 +15,8 @@ alone keeps hopeless ones as long as there is a place; ``keep=1`` and ``drop_p=0
 search can be killed and goes on as if it had not been. :func:`run_race` is the loop around it, with a budget counted in
 scorings; the clock is looked at between blocks.
 
-Saves half to four fifths of the scorings against scoring everybody on everything; its own cost is 1 ms a block of 64
-candidates.
+A race of 64 candidates over 64 examples takes less than half of the scorings that all on all would (tested), and 2 ms
+of its own.
 """
 
 import dataclasses

@@ -32,7 +32,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import functools
 import random
 import statistics
 import time
@@ -60,11 +59,6 @@ _TRIES = 3
 _FORMAT = 1
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def _fingerprint(genome: PromptGenome) -> str:
-    return genome.fingerprint
-
-
 class _Place(base.Fitness):  # type: ignore[misc] # DEAP has no types
     """Place in the last race, then tokens: smaller is better."""
 
@@ -83,7 +77,7 @@ class Scored:
 
     Attributes:
         candidate: The prompt and its origin.
-        tokens: Length of its text.
+        tokens: Length of its literal text.
         age: Changes of the model since it was made or last was in the elite.
         seen: Examples of the search part that it was scored on in its last race.
         mean: Mean fitness over them.
@@ -100,7 +94,7 @@ class Scored:
     @property
     def key(self) -> str:
         """The prompt's fingerprint."""
-        return _fingerprint(self.candidate.genome)
+        return self.candidate.genome.fingerprint
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scored":
         # The hall of fame copies what enters it; candidates never change.
@@ -170,7 +164,7 @@ class PromptSearch:
         self._check_manual()
         self._rng = random.Random(f"{self.settings.seed} {problem.name}")
         self._hall = tools.HallOfFame(self.settings.hall_of_fame, similar=lambda one, other: one.key == other.key)
-        self._manual: dict[str, float] = {}
+        self._manual: dict[str, list[float]] = {}
         self._known: set[str] = set()
         self.population: list[Scored] = []
         self.history = tools.Logbook()
@@ -209,13 +203,24 @@ class PromptSearch:
 
     @property
     def manual(self) -> Candidate:
-        """The manual prompt that is best on the search part; before the first round, the first one."""
-        return max(self.problem.manual, key=lambda one: self._manual.get(one.genome.fingerprint, float("-inf")))
+        """The manual prompt that is best on the search part; before the first round, the first one.
 
-    @property
-    def manual_fitness(self) -> dict[str, float]:
-        """Mean fitness of every manual prompt on the search part, by fingerprint; minus infinity if it is refused."""
-        return dict(self._manual)
+        By accuracy, then fitness; for free answers, whose outcomes cost generated text, by fitness alone.
+        """
+        return max(self.problem.manual, key=lambda one: self._manual.get(one.genome.fingerprint, []))
+
+    def finalists(self) -> list[Candidate]:
+        """The best prompts of the hall of fame that are not manual ones, by the rule that :attr:`manual` is chosen by.
+
+        The hall of fame goes by fitness, which leads a search; what is used is to be right more often.
+        """
+        own = {candidate.genome.fingerprint for candidate in self.problem.manual}
+        evolved = [one for one in self._hall if one.key not in own]
+        if self.problem.search.kind == "choice" and evolved:
+            accuracy = self.scorers["search"].score(_genomes(evolved)).outcome.mean(1, dtype=np.float64).tolist()
+            order = sorted(range(len(evolved)), key=lambda place: -accuracy[place])
+            evolved = [evolved[place] for place in order]
+        return [one.candidate for one in evolved[: self.settings.finalists]]
 
     @property
     def is_open(self) -> bool:
@@ -291,14 +296,14 @@ class PromptSearch:
         scorer, manual = self.scorers["search"], self.problem.manual
         genomes = [candidate.genome for candidate in manual]
         cost, since = scorer.num_new(genomes), time.perf_counter()
-        means = scorer.score(genomes).fitness.mean(1, dtype=np.float64)
+        scores = scorer.score(genomes)
         if clock is not None:
             clock.took(cost, time.perf_counter() - since)
         self._spent += cost
-        self._manual = {
-            candidate.genome.fingerprint: float(mean) if np.isfinite(mean) else float("-inf")
-            for candidate, mean in zip(manual, means, strict=True)
-        }
+        # Outcomes of free answers are not known here: all are 0.
+        columns = (np.nan_to_num(scores.outcome), np.nan_to_num(scores.fitness, nan=-np.inf))
+        found = np.stack([column.mean(1, dtype=np.float64) for column in columns], axis=1).tolist()
+        self._manual = {one.genome.fingerprint: values for one, values in zip(manual, found, strict=True)}
 
     def _restarted(self) -> list[Scored]:
         """What a round starts from: the first prompts, or survivors that are not too old, and the manual prompts."""
@@ -364,7 +369,7 @@ class PromptSearch:
         return [one for one, reason in zip(individuals, reasons, strict=True) if reason is None]
 
     def _lengths(self, genomes: Sequence[PromptGenome]) -> list[int]:
-        return [len(ids) for ids in self.problem.search.tokenizer.encode_batch([genome.text for genome in genomes])]
+        return list(self.scorers["search"].num_tokens(genomes))
 
     def _race(self, racing: Sequence[Scored], clock: TimeBudget | None) -> bool:
         """Race, and let the best survive; whether the race came to its end with a survivor."""
@@ -376,10 +381,10 @@ class PromptSearch:
 
         def score(candidates: Sequence[int], rows: range) -> Any:
             individuals = [racing[index] for index in candidates]
-            price, since = cost(candidates, rows), time.perf_counter()
+            before, since = scorer.counts.scored, time.perf_counter()
             values = self._toolbox.map(self._toolbox.evaluate, individuals, rows)
             if clock is not None:
-                clock.took(price, time.perf_counter() - since)
+                clock.took(scorer.counts.scored - before, time.perf_counter() - since)
             return values
 
         def is_late() -> bool:
@@ -428,7 +433,7 @@ class PromptSearch:
                 generation=self.generation,
                 step=self.step,
                 scorings=self.scorers["search"].counts.scored,
-                manual=max(self._manual.values()),
+                manual=self._manual[self.manual.genome.fingerprint][1],
                 diversity=diversity([one.candidate.genome.text for one in self.population]),
                 # The best of the whole part; the population's may have seen a few easy examples alone.
                 **(found | ({"best": float(self._hall[0].mean)} if len(self._hall) else {})),
@@ -456,7 +461,7 @@ class PromptSearch:
             },
             "population": [_packed(one) for one in self.population],
             "hall": [_packed(one) for one in self._hall],
-            "manual": dict(self._manual),
+            "manual": {key: list(values) for key, values in self._manual.items()},
             "known": sorted(self._known),
             "discarded": dict(self.discarded),
             "history": [dict(entry) for entry in self.history],
@@ -488,7 +493,7 @@ class PromptSearch:
         self._hall.clear()
         # Of two that are equal, the one that enters later stands first.
         self._hall.update([_unpacked(entry, candidates, _Score) for entry in reversed(state["hall"])])
-        self._manual, self._known = dict(state["manual"]), set(state["known"])
+        self._manual, self._known = {k: list(v) for k, v in state["manual"].items()}, set(state["known"])
         self.discarded = collections.Counter(state["discarded"])
         self.history[:] = [dict(entry) for entry in state["history"]]
         self.lineage = copy.deepcopy(dict(state["lineage"]))

@@ -11,7 +11,8 @@ gain is comes from a *bootstrap* over the examples; whether accuracy beats chanc
 Alternatives: the paired permutation test on the mean has more power and needs sampling beyond 20 examples;
 ``scipy.stats`` has all of these and is no dependency.
 
-Cost: 40 microseconds a sign test of 100 examples, 0.1 ms a Clopper-Pearson interval, 10 ms a bootstrap of 1,000 values.
+Cost: 27 microseconds a sign test of 100 examples, 0.6 ms a Clopper-Pearson interval of 32 (3.5 ms of 200), 26 ms a
+bootstrap of 1,000 values (processor time, one busy core).
 """
 
 import dataclasses

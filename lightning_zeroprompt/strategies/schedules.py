@@ -6,8 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch.utils.data import DataLoader, default_collate
+
 from lightning_zeroprompt.pipeline.batch import choose_micro_batches
-from lightning_zeroprompt.pipeline.catalogue import SCHEDULES, build_schedule
+from lightning_zeroprompt.pipeline.catalogue import SCHEDULES, build_schedule, is_listed
+from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
 
 __all__ = ["ScheduleSettings", "Size", "check_size"]
@@ -51,6 +54,16 @@ class ScheduleSettings:
                 f"unit={self.unit} with num_microbatches={self.num_microbatches}: a unit has at most all of them"
             )
 
+    def fewest_stages(self, ranks: int) -> int:
+        """Stages that there will be whatever the number of blocks; more where ``stages_per_rank`` is ``"auto"``.
+
+        Args:
+            ranks: P.
+        """
+        if self.stages_per_rank == "auto":
+            return 2 * ranks if self.name == "zbv" else ranks
+        return self.stages_per_rank * ranks
+
     def placement(self, ranks: int, blocks: int) -> Placement:
         """Where stages go, with all that can be wrong with the schedule found, whatever the batches will be.
 
@@ -86,6 +99,8 @@ class ScheduleSettings:
             vshape=placement.vshape if units else None,
             cap=self.cap,
             resident=resident,
+            # An order that is listed for equal times takes up to a tenth longer with real ones.
+            costs=TYPICAL_COSTS if is_listed(self.name, placement.vshape) else None,
         )
 
     def first_count(self, rows: int, ranks: int) -> int:
@@ -108,6 +123,22 @@ class ScheduleSettings:
                 "has at most all of them: lower unit, or set num_microbatches"
             )
         return count
+
+    def check_loader(self, loader: object, ranks: int) -> None:
+        """Refuse training data whose batches will be refused, where that is known before one is drawn.
+
+        Rows are known of a DataLoader that stacks ``batch_size`` items; a collate function of a user's own makes as
+        many rows as it likes, and the first batch tells.
+
+        Args:
+            loader: What training batches come from.
+            ranks: P.
+
+        Raises:
+            ValueError: As ``first_count``.
+        """
+        if isinstance(loader, DataLoader) and loader.batch_size and loader.collate_fn is default_collate:
+            self.first_count(loader.batch_size, ranks)
 
     def check_rows(self, rows: int) -> None:
         """Refuse batches that cannot be cut into the micro-batches that were asked for.

@@ -9,9 +9,10 @@ price that stages wait for each other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -36,6 +37,23 @@ _USER_CODE = -1
 class _Precision(Protocol):
     def forward_context(self) -> AbstractContextManager[Any]:
         """What forward passes run in."""
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _releases(method: Method) -> Method:
+    """Behind an error of a step no GPU may wait for a rank that will not come, and the process for its GPU."""
+
+    @functools.wraps(method)
+    def run(self: PipelineSteps, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException:
+            self._pipeline.groups.release()
+            raise
+
+    return cast("Method", run)
 
 
 class PipelineSteps:
@@ -65,6 +83,7 @@ class PipelineSteps:
         self.in_user_code = False
         self._loaders_compared = self._loss_checked = False
 
+    @_releases
     def train(
         self, schedule: Schedule, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, step: int, scale: float
     ) -> Tensor | dict[str, Any]:
@@ -129,6 +148,7 @@ class PipelineSteps:
         joined = join_results(results, sizes) if results else None
         return {**self._share(joined), "loss": loss}
 
+    @_releases
     def evaluate(
         self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, log: bool = True
     ) -> Any:
@@ -211,7 +231,12 @@ class PipelineSteps:
         """
         own = getattr(self._module, "loss_weight", None)
         device, groups = self._pipeline.device, self._pipeline.groups
-        weights = [torch.as_tensor(own(part) if own else batch_rows(part), device=device).detach() for part in parts]
+        given = [own(part) if own else batch_rows(part) for part in parts]
+        # Filled on the device: a number that is copied there is waited for.
+        weights = [
+            weight.detach().to(device) if isinstance(weight, Tensor) else torch.full((), weight, device=device)
+            for weight in given
+        ]
         total = torch.stack([weight.double() for weight in weights]).sum()
         if own and groups.layout.data > 1:
             dist.all_reduce(total, group=groups.data)

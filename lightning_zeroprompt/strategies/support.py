@@ -83,13 +83,22 @@ def fsdp_precision(plugin: Precision) -> MixedPrecisionPolicy | None:
     )
 
 
-def hydra_config() -> Any:
-    """The resolved configuration of a Hydra job that this process runs, without importing Hydra."""
+def hydra_config() -> dict[str, Any] | None:
+    """The composed configuration of a Hydra job that this process runs, without importing Hydra.
+
+    Files, defaults and overrides are in it. Interpolations stay text: what they refer to is there too, and the rest
+    (the time, the environment, Hydra's own node with the job's folder and name) may differ between ranks.
+
+    Returns:
+        Plain containers; None where no job runs.
+    """
     module = sys.modules.get("hydra.core.hydra_config")
     if module is None or not module.HydraConfig.initialized():
         return None
-    omegaconf = sys.modules["omegaconf"]
-    return omegaconf.OmegaConf.to_container(module.HydraConfig.get().overrides.task)
+    conf = sys.modules["omegaconf"].OmegaConf
+    # The node that Hydra keeps is part of the whole.
+    config: dict[str, Any] = conf.to_container(conf.select(module.HydraConfig.get(), ".."))
+    return {key: value for key, value in config.items() if key != "hydra"}
 
 
 def join_results(results: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ there yet; a loop of its own loses Lightning's accumulation, callbacks and profi
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
@@ -31,11 +32,9 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -43,20 +42,21 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_zeroprompt.pipeline.batch import batch_rows
-from lightning_zeroprompt.pipeline.chain import Chain, find_chain
-from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
+from lightning_zeroprompt.pipeline.chain import Chain
+from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.schedule import Schedule
 from lightning_zeroprompt.strategies.announce import describe_cut, describe_schedule
-from lightning_zeroprompt.strategies.broadcast import broadcast_nested
 from lightning_zeroprompt.strategies.callbacks import cut_averages, refuse_callbacks
 from lightning_zeroprompt.strategies.checkpoint.optimizer import load_named_state, named_state, numbers_to_names
 from lightning_zeroprompt.strategies.checkpoint.trainer import load_checkpoint, load_module_state, save_checkpoint
 from lightning_zeroprompt.strategies.compare import compare_ranks
 from lightning_zeroprompt.strategies.norms import whole_grad_norms
 from lightning_zeroprompt.strategies.optimizers import OwnedOptimizers
-from lightning_zeroprompt.strategies.schedules import ScheduleSettings, Size, check_size
+from lightning_zeroprompt.strategies.ranks import RankedStrategy
+from lightning_zeroprompt.strategies.schedules import ScheduleSettings, Size
 from lightning_zeroprompt.strategies.steps import PipelineSteps
+from lightning_zeroprompt.strategies.stopping import StopSignals
 from lightning_zeroprompt.strategies.support import fsdp_precision, hydra_config
 from lightning_zeroprompt.strategies.whole import WholeEvaluation, WholeModel
 
@@ -65,7 +65,7 @@ __all__ = ["ZeroPPStrategy"]
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-class ZeroPPStrategy(ModelParallelStrategy):
+class ZeroPPStrategy(RankedStrategy):
     """Pipeline parallelism on the ZeroPP schedule, with FSDP2 within each stage.
 
     Args:
@@ -125,77 +125,29 @@ class ZeroPPStrategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(
-            data_parallel_size=data_parallel_size,
-            tensor_parallel_size=1,
+            pipeline_parallel_size,
+            data_parallel_size,
+            data_parallel_replicas,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        check_size("pipeline_parallel_size", pipeline_parallel_size)
-        check_size("data_parallel_size", data_parallel_size)
         self._settings = ScheduleSettings(schedule, stages_per_rank, num_microbatches, unit, vshape, cap, resident)
         if evaluation not in ("auto", "pipeline", "whole"):
             raise ValueError(f"evaluation={evaluation!r}: use 'pipeline', 'whole' or 'auto'")
-        self._pipeline_parallel_size, self._data_size = pipeline_parallel_size, data_parallel_size
-        self._replicas = data_parallel_replicas
         self._activation_checkpointing, self._cpu_offload = activation_checkpointing, cpu_offload
         self._evaluation = evaluation
         self._whole: WholeModel | None = None
-        self._groups: ProcessGroups | None = None
         self._pipeline: Pipeline | None = None
         self._runner: PipelineSteps | None = None
+        self._stopping: StopSignals | None = None
         self._owned_optimizers: OwnedOptimizers | None = None
         self._schedules: dict[int, Schedule] = {}
         self._first_count: int | None = None
         self._running = ExitStack()
         self._stash: list[tuple[Tensor, Tensor | None]] = []
-        self._seed = 0
 
-    # -- processes ------------------------------------------------------------------------------------------------
-
-    @override
-    def setup_environment(self) -> None:
-        if self.accelerator is not None:
-            self.accelerator.setup_device(self.root_device)
-        if self._groups is not None:
-            return
-        self._setup_distributed()
-        # Lightning's launcher does so for the first rank of a machine alone.
-        _set_num_threads_if_needed(self.num_processes)
-        pipeline = self._pipeline_parallel_size
-        if pipeline == "auto":
-            pipeline = self.world_size // self._data_size
-            if pipeline * self._data_size != self.world_size:
-                raise ValueError(
-                    f"{self.world_size} processes cannot be divided among {self._data_size} data-parallel ranks: "
-                    f"choose data_parallel_size as a divisor of {self.world_size}"
-                )
-        if self._data_size == 1:
-            # One data-parallel rank reads everything: the user's own sampler, and its order, as without a pipeline.
-            self._module.trainer._accelerator_connector.use_distributed_sampler = False
-        layout = Layout(pipeline, self._data_size, self._replicas)
-        self._groups = ProcessGroups(layout, self.root_device.type)
-        seed = [torch.initial_seed()]
-        dist.broadcast_object_list(seed)
-        self._seed = seed[0]
-
-    @property
-    def data_parallel_size(self) -> int:
-        """D, into which the rows of a batch are divided."""
-        return self._data_size
-
-    @property
-    def groups(self) -> ProcessGroups:
-        """The ranks."""
-        if self._groups is None:
-            raise RuntimeError("the ranks are known once processes have started")
-        return self._groups
-
-    @property
-    def _module(self) -> pl.LightningModule:
-        if self.lightning_module is None:
-            raise RuntimeError("the strategy has no module yet")
-        return self.lightning_module
+    # -- what runs ------------------------------------------------------------------------------------------------
 
     @property
     def _steps(self) -> PipelineSteps:
@@ -210,84 +162,22 @@ class ZeroPPStrategy(ModelParallelStrategy):
             raise RuntimeError("the model is cut when the Trainer starts")
         return self._pipeline
 
-    @override
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a batch; all ranks of a pipeline get the first one's, whatever their own loaders drew.
-
-        Unless the data module says with ``draws_alike = True`` that they draw the same.
-        """
-        batch = super().batch_to_device(batch, device, dataloader_idx)
-        drawn_alike = getattr(self._module.trainer.datamodule, "draws_alike", False)  # type: ignore[attr-defined]
-        if self._is_whole or drawn_alike:
-            return batch
-        return broadcast_nested(
-            batch, self.groups.layout.global_rank(0, self.groups.data_rank), self.groups, self.root_device
-        )
-
     @property
     @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.groups.layout.data, "rank": self.groups.data_rank}
-
-    @property
-    def evaluation_sampler_kwargs(self) -> dict[str, Any]:
-        """As ``distributed_sampler_kwargs``, for evaluation: where models are whole, every rank has its own batches."""
-        if self._evaluates_whole:
-            return {"num_replicas": self.world_size, "rank": self.global_rank}
-        return self.distributed_sampler_kwargs
-
-    @property
     def _evaluates_whole(self) -> bool:
         if self._evaluation == "auto":
             return bool(getattr(self._module, "evaluate_whole", False))
         return self._evaluation == "whole"
 
     @property
+    @override
     def _is_whole(self) -> bool:
-        """Whether an evaluation of whole models runs now."""
         return self._whole is not None and self._whole.gathered
 
+    @property
     @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Over the data-parallel ranks where no group is given: the ranks of a pipeline hold equal values.
-
-        Not so while an evaluation of whole models runs: then over all ranks.
-        """
-        self._refuse_in_user_code("reduce")
-        if group is None and not self._is_whole:
-            if self.groups.layout.data == 1:
-                return tensor
-            group = self.groups.data
-        return super().reduce(tensor, group, reduce_op)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Over the ranks of ``reduce``."""
-        self._refuse_in_user_code("all_gather")
-        if group is None and not self._is_whole:
-            if self.groups.layout.data == 1:
-                return tensor
-            group = self.groups.data
-        return super().all_gather(tensor, group, sync_grads)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        votes = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(votes)
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        self._refuse_in_user_code("barrier")
-        super().barrier(name)
-
-    def _refuse_in_user_code(self, what: str) -> None:
-        if self._runner is not None and self._runner.in_user_code:
-            raise RuntimeError(
-                f"{what} was called in a step: under zeropp that code runs on the ranks of the last stage alone, and "
-                "the others would be waited for. Log with sync_dist=True, weigh micro-batches with loss_weight(batch), "
-                "or move the call to a hook such as on_train_batch_end"
-            )
+    def _in_user_code(self) -> bool:
+        return self._runner is not None and self._runner.in_user_code
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -319,6 +209,11 @@ class ZeroPPStrategy(ModelParallelStrategy):
             cut_averages(trainer.callbacks, module)  # type: ignore[attr-defined]
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+        self._stopping = StopSignals(self.groups.everyone, self._end_children)
+
+    def _end_children(self) -> None:
+        if self.launcher is not None:
+            self.launcher.kill(signal.SIGKILL)
 
     def _evaluate_whole(self, trainer: pl.Trainer) -> None:
         before: list[Any] = [callback for callback in trainer.callbacks if isinstance(callback, WholeEvaluation)]  # type: ignore[attr-defined]
@@ -344,7 +239,7 @@ class ZeroPPStrategy(ModelParallelStrategy):
             self._adopt(cut_before)
             return
         self.precision_plugin.convert_module(module)
-        chain = find_chain(module)
+        chain = find_chain(module, self._settings.fewest_stages(self.groups.layout.pipeline))
         chain.checkpoint_blocks = self._activation_checkpointing
         self._warn_of_batch_norm(chain)
         placement = self._settings.placement(self.groups.layout.pipeline, len(chain))
@@ -433,6 +328,47 @@ class ZeroPPStrategy(ModelParallelStrategy):
             self._whole.release()
         self._running.close()
         super().teardown()
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        module = self._module
+        changed = [
+            name
+            for name in ("on_before_batch_transfer", "on_after_batch_transfer")
+            for owner in (module, module.trainer.datamodule)  # type: ignore[attr-defined]
+            if owner is not None and is_overridden(name, owner)
+        ]
+        if module.trainer.training and not changed:
+            self._settings.check_loader(dataloader, self.groups.layout.pipeline)
+        return super().process_dataloader(dataloader)
+
+    # -- signals --------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """From here on: Lightning installs its handlers behind ``setup``."""
+        if self._stopping is not None:
+            self._stopping.listen(training=self._module.trainer.state.fn == TrainerFn.FITTING)
+
+    @override
+    def on_train_start(self) -> None:
+        self._listen()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._listen()
+
+    @override
+    def on_test_start(self) -> None:
+        self._listen()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._listen()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._stopping is not None:
+            self._stopping.vote()
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_zeroprompt
+from lightning_zeroprompt.strategies.stopping import GRACE
 
 
 class Module(pl.LightningModule):
@@ -47,6 +49,13 @@ class Module(pl.LightningModule):
                 os._exit(7)
             if self.fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.fault in ("stop", "stop twice"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self.fault == "stop twice":
+                # As one that is stuck: by the next batch the ranks would have stopped together.
+                time.sleep(GRACE + 0.5)
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(600)
 
     def on_train_batch_end(self, outputs, batch, index):
         self.losses.append(outputs["loss"].item())
@@ -68,12 +77,15 @@ SETTINGS = dict(accelerator="cpu", max_epochs=1, logger=False, enable_checkpoint
 FIT = """
 from datetime import timedelta
 
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from module import SETTINGS, Module, pl, sys
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 
 nodes, fault, at = sys.argv[1:]
 nodes = int(nodes)
 strategy = ZeroPPStrategy(timeout=timedelta(seconds=30)) if fault else "zeropp"
+if fault == "stop":
+    SETTINGS |= {"callbacks": [OnExceptionCheckpoint(".", "stopped")], "enable_checkpointing": True}
 pl.Trainer(strategy=strategy, devices=2 // nodes, num_nodes=nodes, **SETTINGS).fit(Module(fault, int(at)))
 """
 
@@ -271,3 +283,44 @@ def test_a_rank_that_fails_ends_the_others(launcher, fault, at, folder):
         assert "the rank at the other end has failed" in printed or "Signal" in printed or "exitcode" in printed, (
             printed
         )
+
+
+@pytest.mark.parametrize(
+    ("launcher", "at"),
+    [
+        ("lightning", 1),
+        pytest.param("lightning", 0, marks=SLOW),
+        pytest.param("torchrun", 1, marks=SLOW),
+    ],
+)
+def test_a_rank_that_is_told_to_stop_stops_all_of_them_together(launcher, at, folder):
+    line = ("fit.py", 1, "stop", at)
+    if launcher == "torchrun":
+        line = torchrun("--standalone", "--nproc-per-node=2", *line)
+    ((code, printed),) = finish(start(folder, *line), timeout=150)
+    # As Lightning ends a run that is told to stop.
+    assert code == 0, printed
+    assert f"rank {at} got SIGTERM: all ranks stop within two steps" in printed
+    assert "1 of 2 ranks told to stop: training ends here" in printed
+    assert gone(folder), "a rank is still running"
+    assert not list(folder.glob("losses-*"))
+    # What needs all ranks: a part of each.
+    assert {path.name for path in (folder / "stopped.ckpt").iterdir()} >= {"__0_0.distcp", "__1_0.distcp"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "at"),
+    [
+        ("lightning", 0),
+        pytest.param("lightning", 1, marks=SLOW),
+        pytest.param("torchrun", 0, marks=SLOW),
+    ],
+)
+def test_a_rank_that_is_told_twice_ends_at_once(launcher, at, folder):
+    line = ("fit.py", 1, "stop twice", at)
+    if launcher == "torchrun":
+        line = torchrun("--standalone", "--nproc-per-node=2", *line)
+    ((code, printed),) = finish(start(folder, *line), timeout=150)
+    assert code != 0, printed
+    assert f"rank {at} got SIGTERM: told again to stop, it ends at once" in printed
+    assert gone(folder), "a rank is still running"

@@ -187,6 +187,23 @@ class Sequential(Module):
         return F.cross_entropy(self.net(batch["input_ids"]).flatten(0, 1), batch["labels"].relu().flatten())
 
 
+class TwoTowers(Module):
+    """The list with most parameters has fewer blocks than there are stages; the other one is cut."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embeddings = nn.ModuleList(nn.Embedding(4 * WORDS, 8) for _ in range(2))
+        self.layers = nn.ModuleList(Residual() for _ in range(4))
+        self.head = nn.Linear(8, WORDS)
+
+    def loss(self, batch):
+        x = sum(embedding(batch["input_ids"]) for embedding in self.embeddings)
+        for layer in self.layers:
+            x = layer(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1), batch["labels"].relu().flatten())
+
+
 class ViT(Module):
     """A convolution cuts the image into patches; a class token and positions are parameters of the module itself."""
 
@@ -281,6 +298,7 @@ MODELS = {
     "lstm": lambda: NanoGPT(lambda: Recurrent(nn.LSTM)),
     "gru": lambda: NanoGPT(lambda: Recurrent(nn.GRU)),
     "experts": lambda: NanoGPT(Experts),
+    "few large blocks": TwoTowers,
 }
 
 
@@ -364,4 +382,5 @@ def test_token_mean_of_the_whole_batch(run_ranks):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_model(model, run_ranks):
-    compare(run_ranks(both, 2, {}, model, (), 1))
+    settings = {"stages_per_rank": 2} if model == "few large blocks" else {}
+    compare(run_ranks(both, 2, settings, model, (), 1))

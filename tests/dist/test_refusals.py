@@ -3,15 +3,19 @@
 
 import os
 import re
-import sys
-import types
 import warnings
 
+import hydra
 import lightning.pytorch as pl
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 
@@ -34,6 +38,30 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Rows(Dataset):
+    """Counts the rows that are drawn."""
+
+    def __init__(self, count):
+        self.rows, self.drawn = torch.randn(count, 4), 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.drawn += 1
+        return self.rows[index]
+
+
+def twice(rows):
+    """Of 8 items 16 rows."""
+    return torch.stack([*rows, *rows])
+
+
+class TwiceAsManyRows(Module):
+    def on_after_batch_transfer(self, batch, index):
+        return torch.cat([batch, batch])
+
+
 class Manual(Module):
     def __init__(self):
         super().__init__()
@@ -43,6 +71,37 @@ class Manual(Module):
 class TwoOptimizers(Module):
     def configure_optimizers(self):
         return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[:2], self.net[2:])]
+
+
+class SecondOrder(Module):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Adafactor(Module):
+    def configure_optimizers(self):
+        return torch.optim.Adafactor(self.parameters())
+
+
+class Elsewhere(Module):
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.parameters(), nn.Parameter(torch.zeros(3))], 0.1)
+
+
+class Backbone(Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = self.net
+
+
+class Ragged(Module):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch, batch[:3]
+
+
+class NoTensors(Module):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return ["a", "b"]
 
 
 class Compiled(Module):
@@ -67,6 +126,17 @@ class Hyper(Module):
         self.save_hyperparameters({"lr": 0.1 * (1 + int(os.environ["RANK"]))})
 
 
+class Head(Module):
+    """Names another part of the model as what its blocks are."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def configure_pipeline(self):
+        return self.head, list(self.net)
+
+
 CASES = {
     "world": (Module, {"pipeline_parallel_size": 3}, r"3 pipeline ranks x 1 data-parallel ranks = 3, but 2 processes"),
     "world of D": (Module, {"data_parallel_size": 3}, r"2 processes cannot be divided among 3 data-parallel ranks"),
@@ -79,59 +149,97 @@ CASES = {
     "zbv": (Module, {"schedule": "zbv", "stages_per_rank": 1}, r"'zbv' has two stages a rank, not 1"),
     "zbv of few blocks": (lambda: Module(3), {"schedule": "zbv"}, r"3 blocks cannot fill 4 stages"),
     "micro-batches": (Module, {"num_microbatches": 9}, r"num_microbatches=9, but the batch has 8 rows .* lower it"),
+    "micro-batches, collated": (Module, {"num_microbatches": 17}, r"num_microbatches=17, but the batch has 16 rows"),
     "unit": (Module, {"unit": 9}, r"unit=9, but the first batch of 8 rows is split into 8 micro-batches"),
     "manual": (Manual, {}, r"Manual optimises manually; .* Use automatic optimization"),
     "optimizers": (TwoOptimizers, {}, r"several optimizers; zeropp runs one. Use one with parameter groups"),
+    "lbfgs": (SecondOrder, {}, r"LBFGS needs the gradients of all stages"),
+    "adafactor": (
+        Adafactor,
+        {"pipeline_parallel_size": 1, "data_parallel_size": 2},
+        r"Adafactor cannot work on sharded parameters, which data_parallel_size > 1",
+    ),
+    "foreign parameter": (Elsewhere, {}, r"parameter of shape \(3,\) that is not one of the module's"),
+    "16-true": (Module, {}, r"'16-true' overflows without a loss scaler; use 'bf16-true'"),
+    "swa": (Module, {}, r"use WeightAveraging"),
+    "finetuning": (Backbone, {}, r"give the optimizer all parameters"),
+    "rows that differ": (Ragged, {}, r"batch\[1\] has 3 rows, batch\[0\] has 8"),
+    "no tensors": (NoTensors, {}, r"a batch of type list holds no tensor"),
     "compiled": (Compiled, {}, r"'model' is compiled as a whole, .* compile its blocks instead"),
     "model": (Differing, {}, r"rank 1 differs from rank 0 in parameters: .* same code with the same settings"),
     "hyperparameters": (Hyper, {}, r"rank 1 differs from rank 0 in hparams"),
     "hydra": (Module, {}, r"rank 1 differs from rank 0 in config: .* one resolved configuration"),
     "loaders": (Module, {}, r"rank 1 has {'batches an epoch': 3, .*}, rank 0 has {'batches an epoch': 2"),
+    "target": (Head, {}, r"block 0, a Linear, has parameters weight, bias that are none of Linear's"),
+}
+NEEDS_A_BATCH = {"micro-batches, collated", "loaders", "rows that differ", "no tensors"}
+TRAINERS = {
+    "16-true": lambda: {"precision": "16-true"},
+    "swa": lambda: {"callbacks": [StochasticWeightAveraging(0.1)]},
+    "finetuning": lambda: {"callbacks": [BackboneFinetuning()]},
 }
 
 
-def hydra_job(overrides):
-    """What Hydra leaves in a process that runs a job."""
-    job = types.SimpleNamespace(overrides=types.SimpleNamespace(task=overrides))
-    config = types.SimpleNamespace(initialized=lambda: True, get=lambda: job)
-    sys.modules["hydra.core.hydra_config"] = types.SimpleNamespace(HydraConfig=config)
-    sys.modules["omegaconf"] = types.SimpleNamespace(OmegaConf=types.SimpleNamespace(to_container=list))
+def make_trainer(strategy, **more):
+    return pl.Trainer(
+        strategy=ZeroPPStrategy(**strategy),
+        devices=int(os.environ["WORLD_SIZE"]),
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **more,
+    )
+
+
+def hydra_job(config):
+    """What Hydra leaves in a process that runs a job: of one command line on all ranks, but another file."""
+    ConfigStore.instance().store("job", config)
+    with hydra.initialize(version_base=None, config_path=None):
+        composed = hydra.compose("job", ["model=wide"], return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
 
 
 def refuse(case):
-    """Type and message of what a rank raises, and the steps that it took."""
+    """Type and message of what a rank raises, the steps that it took, and the rows that it drew."""
     make, settings, _ = CASES[case]
-    rank, modules = int(os.environ["RANK"]), dict(sys.modules)
+    rank = int(os.environ["RANK"])
     module = make()
+    data = Rows(ROWS * (2 + rank if case == "loaders" else 2))
     try:
         if case == "hydra":
-            hydra_job([f"lr={rank}"])
-        trainer = pl.Trainer(
-            strategy=ZeroPPStrategy(**settings),
-            devices=2,
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        rows = ROWS * (2 + rank if case == "loaders" else 2)
-        trainer.fit(module, DataLoader(torch.randn(rows, 4), ROWS))
+            hydra_job({"model": "deep", "lr": rank})
+        trainer = make_trainer(settings, **TRAINERS.get(case, dict)())
+        trainer.fit(module, DataLoader(data, ROWS, collate_fn=twice if case.endswith("collated") else None))
     except Exception as error:
-        return type(error).__name__, str(error), module.taken
+        return type(error).__name__, str(error), module.taken, data.drawn
     finally:
-        sys.modules.clear()
-        sys.modules.update(modules)
-    return "", "no error", module.taken
+        HydraConfig.instance().cfg = None
+    return "", "no error", module.taken, data.drawn
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused_on_every_rank_before_the_first_step(case, run_ranks):
-    for kind, message, taken in run_ranks(refuse, 2, case):
+    for kind, message, taken, drawn in run_ranks(refuse, 2, case):
         assert re.search(CASES[case][2], message, re.DOTALL), message
         assert kind == ("RuntimeError" if "rank 1" in CASES[case][2] else "ValueError")
         assert taken == 0
+        assert not drawn or case in NEEDS_A_BATCH
+
+
+@pytest.mark.parametrize("make", [Module, TwiceAsManyRows])
+def test_rows_that_only_a_batch_tells_are_not_refused(make, run_ranks):
+    """Nine micro-batches of what a loader draws eight of."""
+    assert run_ranks(fit_more_rows, 2, make) == [2, 2]
+
+
+def fit_more_rows(make):
+    module = make()
+    trainer = make_trainer({"num_microbatches": 9})
+    trainer.fit(module, DataLoader(Rows(2 * ROWS), ROWS, collate_fn=twice if make is Module else None))
+    return module.taken
 
 
 @pytest.mark.parametrize(
@@ -139,7 +247,7 @@ def test_refused_on_every_rank_before_the_first_step(case, run_ranks):
     [
         ({"unit": 0}, r"unit=0: give a whole number of at least 1, or 'auto'"),
         ({"num_microbatches": 4, "unit": 5}, r"unit=5 with num_microbatches=4: a unit has at most all of them"),
-        ({"num_microbatches": 0}, r"num_microbatches=0"),
+        ({"num_microbatches": 0}, r"num_microbatches=0: give a whole number"),
         ({"pipeline_parallel_size": 1.5}, r"pipeline_parallel_size=1.5"),
         ({"schedule": "zerobubble"}, r"schedule 'zerobubble' is unknown; there are .*zeropp"),
     ],
@@ -155,15 +263,7 @@ def batch_norm():
 
 def warnings_of(micro_batches):
     module = Module(2, batch_norm)
-    trainer = pl.Trainer(
-        strategy=ZeroPPStrategy(num_microbatches=micro_batches),
-        devices=2,
-        accelerator="cpu",
-        max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    trainer = make_trainer({"num_microbatches": micro_batches})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, DataLoader(torch.randn(ROWS, 4), ROWS))
@@ -206,19 +306,40 @@ class Twice(Module):
         return (self.net(batch) - self.net(batch + 1)).pow(2).mean()
 
 
+class TwiceWithEnds(Module):
+    """What is found first is that the embedding, which the last rank lacks, runs behind the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.embedding = None, nn.Linear(4, 4)
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+    def training_step(self, batch, index):
+        return (self(batch) - self(batch + 1)).pow(2).mean()
+
+
+class Nothing(Module):
+    def training_step(self, batch, index):
+        self.net(batch)
+
+
 FAULTY = {
     "behind": (Ours, "KeyError: 'no such key'"),
     "block": (lambda: Module(4, InBlock), "ZeroDivisionError: in a block\n(in the forward pass of micro-batch 0"),
     "target": (WrongTarget, "they do not return what Sequential returns for the same input"),
     "twice": (Twice, "ValueError: 'net': called more than once in a step"),
+    "twice, with ends": (TwiceWithEnds, "If the step calls the model a second time: join the calls into one"),
 }
 
 
 def fail(case):
-    trainer = pl.Trainer(
-        strategy="zeropp", devices=2, accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False
-    )
-    trainer.fit(FAULTY[case][0](), DataLoader(torch.randn(ROWS, 4), ROWS))
+    make_trainer({}).fit(FAULTY[case][0](), DataLoader(torch.randn(ROWS, 4), ROWS))
 
 
 @pytest.mark.parametrize("case", FAULTY)
@@ -230,3 +351,37 @@ def test_errors_in_the_first_step_come_as_they_are(case, run_ranks, capfd):
     assert FAULTY[case][1] in text, text
     assert "failed to run forward" not in text
     assert "Full Schedule" not in text + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Nothing, "TypeError: training_step returned NoneType for a micro-batch; it has to return a loss"),
+        (TwiceWithEnds, "ValueError: .*called more than once in a step; a pipeline runs its stages once a micro-batch"),
+    ],
+)
+def test_a_step_that_cannot_run_on_one_rank_says_why(module, message, run_ranks):
+    assert re.match(message, run_ranks(raised, 1, module)[0])
+
+
+def raised(module):
+    try:
+        make_trainer({}).fit(module(), DataLoader(torch.randn(ROWS, 4), ROWS))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_torchs_adafactor_still_cannot_shard(run_ranks):
+    """When this fails, the refusal can go."""
+    assert run_ranks(adafactor_on_a_mesh, 1) == ["RuntimeError"]
+
+
+def adafactor_on_a_mesh():
+    torch.distributed.init_process_group("gloo")
+    parameter = nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)]))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        torch.optim.Adafactor([parameter]).step()
+    except Exception as error:
+        return type(error).__name__
+    return "nothing"

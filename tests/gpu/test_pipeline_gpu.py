@@ -27,8 +27,8 @@ from lightning_zeroprompt.data.sources.builtin import builtin_tasks
 from lightning_zeroprompt.data.tokenizer import ByteTokenizer
 from lightning_zeroprompt.models import Text2TextModule
 from lightning_zeroprompt.pipeline import build_schedule
-from lightning_zeroprompt.pipeline.chain import find_chain
 from lightning_zeroprompt.pipeline.executor import MicroBatch
+from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 from lightning_zeroprompt.pipeline.peer_copy import PeerCopies
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
@@ -212,6 +212,21 @@ def exchange(ring_bytes, seed):
     return right
 
 
+def stuck():
+    """A receive that nobody sends to, let go."""
+    device = start("cuda")
+    control = dist.new_group(backend="gloo")
+    copies = PeerCopies.make(dist.group.WORLD, control, device)
+    if copies is not None and dist.get_rank() == 0:
+        copy_of_nothing = copies.receive(torch.zeros(8, device=device), 1)
+        copy_of_nothing.wait()
+        assert not copy_of_nothing.is_completed()
+        copies.release()
+        torch.cuda.synchronize()
+    dist.barrier(group=control)
+    dist.destroy_process_group()
+
+
 def train_t5(folder, accelerator, devices):
     """Losses of a few steps of a small T5 on the tiny corpus, on every rank."""
     torch.manual_seed(0)
@@ -260,11 +275,16 @@ def test_gradients_in_bfloat16(data):
 
 @pytest.mark.parametrize("data", SHARED)
 def test_memory_does_not_grow_in_200_steps(data):
-    """By less than 1 MiB; the activations of one micro-batch in a layer are more."""
+    """By less than 1 MiB; the activations of one micro-batch in a layer are more.
+
+    Peaks differ by the messages that have not gone yet, which depends on times: at most all of a step's, both ways. One
+    that were lost a step would make 180 of them.
+    """
+    message = 2 * LENGTH * WIDTH * 4
     for found in run_distributed(growth, RANKS, "cuda", data, 200, timeout=300):
         for (early, early_peak), (late, late_peak) in found.values():
             assert late - early < 2**20, found
-            assert late_peak - early_peak < 2**20, found
+            assert late_peak - early_peak <= 2 * MICRO_BATCHES * message, found
 
 
 @pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")
@@ -275,6 +295,11 @@ def test_copies_between_gpus(ring_bytes):
         if right is None:
             pytest.skip("the GPUs do not reach each other")
         assert right == [True] * 60
+
+
+@pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")
+def test_a_gpu_does_not_wait_for_ever():
+    run_distributed(stuck, 2, timeout=60)
 
 
 @pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")

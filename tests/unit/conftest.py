@@ -2,6 +2,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from lightning_zeroprompt.data.compile import compile_tasks
 from lightning_zeroprompt.data.task import Example, PromptTemplate, Task
@@ -68,3 +69,13 @@ def evaluation_corpus(tmp_path_factory):
     ]
     folder = tmp_path_factory.mktemp("corpus") / "compiled"
     return compile_tasks(tasks, folder, tokenizer=ByteTokenizer(), heldout_fraction=0.2, progress=False)
+
+
+@pytest.fixture
+def double_precision():
+    """Seeded, with float64 as torch's default type."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_zeroprompt.pipeline.chain import find_chain
 from lightning_zeroprompt.pipeline.chain_check import ChainCopy
+from lightning_zeroprompt.pipeline.find_chain import find_chain
 
 
 class Block(nn.Module):
@@ -81,6 +81,24 @@ def test_the_largest_sequential_or_list_is_found():
 
 
 @pytest.mark.parametrize(
+    ("stages", "expected"), [(1, "'wide'"), (2, "'wide'"), (3, "'deep'"), (4, "'deep'"), (5, "'wide'")]
+)
+def test_a_list_with_a_block_for_every_stage_is_preferred(stages, expected):
+    """And the largest of all where none has one, which is then refused for what it has."""
+    lists = {"low": (4, 4), "deep": (5, 4), "wide": (9, 2)}
+    model = nn.ModuleDict({name: nn.ModuleList(map(nn.Linear, [n] * k, [n] * k)) for name, (n, k) in lists.items()})
+    assert find_chain(model, stages).name == expected
+
+
+@pytest.mark.parametrize(("widths", "inside"), [((2, 9), "'net.1'"), ((9, 9), "'net'")])
+def test_a_list_inside_a_list_is_cut_where_it_is_most_of_that(widths, inside):
+    """Not so one layer of many, such as its experts: then the refusal is of the layers."""
+    parts = (nn.Sequential(*(nn.Linear(width, width) for _ in range(4))) for width in widths)
+    model = nn.ModuleDict({"net": nn.Sequential(*parts)})
+    assert [find_chain(model, stages).name for stages in (2, 4, 5)] == ["'net'", inside, "'net'"]
+
+
+@pytest.mark.parametrize(
     ("answer", "message"),
     [
         (lambda model: None, "returned NoneType"),
@@ -88,6 +106,18 @@ def test_the_largest_sequential_or_list_is_found():
         (lambda model: (model, ["layers"]), "returned tuple"),
         (lambda model: [nn.Linear(2, 2)], "Linear is no submodule of Model"),
         (lambda model: (nn.Linear(2, 2), list(model.layers)), "Linear is no submodule of Model"),
+        (
+            lambda model: (model.layers, [*model.layers, model.head]),
+            "block 3, a Linear, has parameters weight, bias that are none of ModuleList's",
+        ),
+        (
+            lambda model: (model, [*model.layers, nn.Linear(4, 4)]),
+            r"block 3, .* none of Model's, .* with a target that contains all of its blocks",
+        ),
+        (
+            lambda model: (model.layers, [nn.Sequential(layer, model.head) for layer in model.layers]),
+            "block 0, a Sequential, has parameters 1.weight, 1.bias that are none of ModuleList's",
+        ),
     ],
 )
 def test_wrong_answers_of_configure_pipeline(answer, message):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every file in conf/: groups compose and what they name is built; experiments and sweeps run for a few steps."""
 
+import dataclasses
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from omegaconf import OmegaConf
 
-from lightning_zeroprompt.callbacks import Throughput
+from lightning_zeroprompt.callbacks import GeneticPromptSearch, Throughput
 from lightning_zeroprompt.cli import train as program
 from lightning_zeroprompt.cli.build import build_module, build_trainer, evaluation_settings, open_corpus
 from lightning_zeroprompt.cli.config import config_dir
@@ -28,6 +30,7 @@ from lightning_zeroprompt.data.evaluation import EvaluationSettings
 from lightning_zeroprompt.data.mixture import MixtureSettings
 from lightning_zeroprompt.data.sources.parquet import COLUMNS
 from lightning_zeroprompt.models import OptimizerSettings
+from lightning_zeroprompt.prompts.settings import SearchSettings
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 
 CONF = config_dir()
@@ -67,9 +70,9 @@ def test_every_group_is_tested_here():
     groups = {path.parent.name for path in CONF.rglob("*.yaml")}
     tested = {"model", "optimizer", "mixture", "eval", "strategy", "trainer", "callbacks", "logger", "data", "paths"}
     run = {"experiment", "sweep"}
-    # test_hub.py reads the mappings.
-    assert groups == tested | run | {"mappings", CONF.name}
-    assert {path.name for path in CONF.glob("*.yaml")} == {"train.yaml", "eval.yaml"}
+    # test_hub.py reads the mappings; test_cli_search.py tables of examples.
+    assert groups == tested | run | {"search", "examples", "mappings", CONF.name}
+    assert {path.name for path in CONF.glob("*.yaml")} == {"train.yaml", "eval.yaml", "search.yaml"}
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
@@ -102,6 +105,18 @@ def test_optimizers(name):
     assert isinstance(settings, OptimizerSettings)
     assert settings.name == name
     assert isinstance(settings.learning_rate, float)
+
+
+def test_searches_are_the_defaults_of_the_library():
+    given = OmegaConf.to_container(composed("search", "checkpoint=c", "task=t").search)
+    defaults = dataclasses.asdict(SearchSettings()) | {"generations": 10}
+    defaults.pop("race")
+    parts = inspect.signature(GeneticPromptSearch).parameters
+    assert given.keys() - defaults.keys() <= parts.keys()
+    assert given == defaults | {name: parts[name].default for name in given.keys() - defaults.keys()}
+    callback = OmegaConf.to_container(composed("train", "callbacks=search").callbacks.prompt_search)
+    del callback["_target_"], callback["folder"], callback["seed"]
+    assert callback == {name: parts[name].default for name in callback}
 
 
 @pytest.mark.parametrize("name", files("mixture"))
@@ -235,7 +250,8 @@ def check_run(folder, num_tasks, steps=3):
 @pytest.mark.slow
 def test_experiment_demo_runs(tmp_path, compiled_dir):
     paths = (f"paths.output_dir={tmp_path}", f"paths.compiled_dir={compiled_dir}")
-    assert run_ranks(composed("train", "experiment=demo", *FEW, *BUILTIN, *paths, "eval.levels=[category]")) == 0
+    few = ("callbacks.prompt_search.k=4", "callbacks.prompt_search.generations=1")
+    assert run_ranks(composed("train", "experiment=demo", *FEW, *BUILTIN, *paths, *few, "eval.levels=[category]")) == 0
     found = check_run(tmp_path, 1000)
     assert (found["strategy"], found["world_size"]) == ("ZeroPPStrategy", 2)
     assert found["model"]["size"] == "nano"

@@ -410,6 +410,8 @@ def test_pools_of_a_corpus_and_of_examples_hold_the_same(evaluation_corpus):
         assert (again.kind, again.labels, again.fields) == (pool.kind, pool.labels, pool.fields)
         np.testing.assert_array_equal(again.label, pool.label)
         np.testing.assert_array_equal(again.right, pool.right)
+        shares = [len(e.outputs) / len(e.options) if e.options else 0 for e in examples]
+        assert pool.chance == pytest.approx(np.mean(shares))
         assert again.input_keys() == pool.input_keys()
         chosen = pool.select([7, 2, 2])
         assert [chosen.example(row) for row in range(3)] == [examples[7], examples[2], examples[2]]

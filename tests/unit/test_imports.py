@@ -44,9 +44,28 @@ def test_reading_a_corpus_loads_no_framework():
     assert not loaded(names) & {"torch", "lightning", "datasets", "pyarrow", "hydra", "transformers", "deap"}
 
 
-def test_what_evolves_loads_no_framework():
-    names = "import lightning_zeroprompt.prompts"
+def test_what_evolves_and_what_judges_prompts_loads_no_framework():
+    parts = ("pool", "parts", "racing", "significance", "confirm", "settings", "clock")
+    names = "\n".join(f"import lightning_zeroprompt.prompts.{part}" for part in parts)
     assert not loaded(names) & {"torch", "lightning", "datasets", "pyarrow", "hydra", "transformers", "deap"}
+
+
+def test_a_search_needs_neither_lightning_nor_hydra_and_its_reports_no_matplotlib():
+    theirs = loaded("import torch, torchmetrics")
+    parts = [path.stem for path in (PACKAGE / "prompts").glob("*.py") if path.stem != "__init__"]
+    assert len(parts) > 15
+    ours = loaded("\n".join(f"import lightning_zeroprompt.prompts.{part}" for part in parts))
+    assert "deap" in ours
+    assert not (ours - theirs) & {"lightning", "hydra", "omegaconf", "matplotlib", "datasets", "pyarrow", "pandas"}
+
+
+def test_deap_is_imported_in_one_file_alone():
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "deap" for name in imports(ast.parse(path.read_text())))
+    }
+    assert users == {"prompts/search.py"}
 
 
 HEAVY = {"datasets", "pyarrow", "hydra", "omegaconf", "transformers", "deap", "matplotlib", "pandas", "sklearn"}
@@ -54,7 +73,15 @@ HEAVY = {"datasets", "pyarrow", "hydra", "omegaconf", "transformers", "deap", "m
 
 def test_the_library_adds_no_heavy_import_to_lightnings_own():
     theirs = loaded("import lightning.pytorch, torchmetrics")
-    parts = ("data.corpus", "data.mixture", "data.datamodule", "data.evaluation", "models.module", "models.hf")
+    parts = (
+        "data.corpus",
+        "data.mixture",
+        "data.datamodule",
+        "data.evaluation",
+        "models.module",
+        "models.hf",
+        "prompts.fitness",
+    )
     names = "\n".join(f"import lightning_zeroprompt.{part}" for part in (*parts, "metrics", "callbacks"))
     ours = loaded(names)
     assert "lightning" in ours

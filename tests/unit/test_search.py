@@ -326,6 +326,20 @@ def test_free_answers_are_searched_by_likelihood_and_reported_with_their_metric(
     assert record["scores"]["test"]["manual"]["outcome"] == 1.0  # the model always answers "a"
 
 
+def test_finalists_and_the_manual_prompt_are_right_most_often_and_then_likeliest():
+    search = run_round(make_search(LetterModel(noise=1.5), generations=4))
+    scorer, own = search.scorers["search"], [candidate.genome for candidate in search.problem.manual]
+
+    def rank(genomes):
+        scores = scorer.score(genomes)
+        return list(zip(scores.outcome.mean(1).tolist(), scores.fitness.mean(1).tolist(), strict=True))
+
+    assert rank([search.manual.genome]) == [max(rank(own))]
+    hall = [one.candidate.genome for one in search.hall if one.candidate.genome not in own]
+    assert len(hall) > search.settings.finalists
+    assert rank([one.genome for one in search.finalists()]) == sorted(rank(hall), reverse=True)[:3]
+
+
 def test_race_settings_reach_the_race():
     settings = SearchSettings(population=4, generations=1, race=RaceSettings(first_block=2, keep=1.0, drop_p=0.0))
     search = PromptSearch(build_problem(make_pool(), population=4, k=16), LetterModel(), OperatorSet(WEIGHTS), settings)

@@ -1,105 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples from one CSV or parquet file: a row an example, for a task of one's own.
+"""Examples from one CSV or parquet file with columns of the user's own, for a prompt search on a task of theirs.
 
-``pyarrow`` reads the file and is imported when the function is called. A CSV has no lists, so options and several right
-outputs of a row are texts with a separator between them. An empty cell is no answer: the row is unlabelled.
+A folder of many tasks in this project's columns is read by :mod:`~lightning_zeroprompt.data.sources.parquet`; here one
+file is one task, and what is not the answer or its options is a field that templates may name. The file is read whole:
+a search uses some hundred rows. ``pyarrow`` reads both formats and is imported when the function is called.
 """
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_zeroprompt.data.task import Example, TaskError
+from lightning_zeroprompt.data.task import INPUT, OPTIONS, Example, TaskError
 
-__all__ = ["read_table"]
+__all__ = ["read_examples"]
 
 
-def read_table(
+def read_examples(
     path: str | Path,
     *,
     input_column: str = "input",
-    output_column: str = "output",
-    options: Sequence[str] | str | None = None,
-    separator: str = "|",
+    output_column: str | None = "output",
+    options_column: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[Example]:
-    """Read a table of examples.
+    """Read the rows of a file as examples; numbers are read as text, as they stand in a CSV.
 
     Args:
-        path: A ``.csv``, ``.tsv`` or ``.parquet`` file.
+        path: A file that ends in ``.csv`` or ``.parquet``, with a header.
         input_column: The text to work on.
-        output_column: The right answer, or several; may be missing where no row is labelled.
-        options: The answer choices of every row, or the name of a column with each row's own; None: free answers.
-        separator: Between options, and between outputs, in a text cell.
+        output_column: The answer, a text or a list of right texts; an empty cell is an unlabelled row, and None says
+            that no row is labelled. Unlabelled rows need options.
+        options_column: A list of answer choices a row (parquet).
+        labels: The answer choices of every row, where they are the same.
 
     Returns:
-        Examples in the file's order. All other columns are fields, which templates may name.
+        One example a row; every further column is a field.
 
     Raises:
-        TaskError: The file cannot be read, lacks a column, or a row has no input.
+        TaskError: The file is missing or cannot be read, a column is missing, a text is missing, both or none of two
+            ways to say the options are given where one is needed, or a column has a placeholder's name.
     """
-    path = Path(path)
-    rows = _read(path)
-    columns = list(rows[0]) if rows else []
-    wanted = [input_column, *([options] if isinstance(options, str) else [])]
-    missing = [name for name in wanted if name not in columns]
+    file = Path(path)
+    if labels is not None and options_column is not None:
+        raise TaskError(f"{file}: labels and options_column={options_column!r} are both given; give one of them")
+    columns = _columns(file)
+    named = [name for name in (input_column, output_column, options_column) if name is not None]
+    missing = [name for name in named if name not in columns]
     if missing:
-        raise TaskError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(repr, columns)) or 'no rows'}")
+        raise TaskError(f"{file} has no column {', '.join(missing)}; it has {', '.join(columns)}")
+    fields = [name for name in columns if name not in named]
+    taken = [name for name in fields if name in (INPUT, OPTIONS) or not name.isidentifier()]
+    if taken:
+        raise TaskError(f"{file}: column {taken[0]!r} cannot be a template's placeholder; rename or drop it")
+    if not columns[input_column]:
+        raise TaskError(f"{file} has no rows; give at least one")
     return [
-        _example(path, number, row, input_column, output_column, options, separator) for number, row in enumerate(rows)
+        _example(file, number, columns, (input_column, output_column, options_column), fields, labels)
+        for number in range(len(columns[input_column]))
     ]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import csv, parquet
+def _columns(file: Path) -> dict[str, list[Any]]:
+    import pyarrow as pa
+    import pyarrow.csv as pa_csv
+    import pyarrow.parquet as pq
 
+    if not file.is_file():
+        raise TaskError(f"there is no file {file}; give a .csv or .parquet file")
     try:
-        if path.suffix == ".parquet":
-            table = parquet.read_table(path)
-        elif path.suffix in (".csv", ".tsv"):
-            # Labels such as 1 and 0 stay the texts that they are.
-            names = csv.open_csv(path, parse_options=csv.ParseOptions(delimiter="," if path.suffix == ".csv" else "\t"))
-            types = dict.fromkeys(names.schema.names, pyarrow.string())
-            table = csv.read_csv(
-                path,
-                parse_options=csv.ParseOptions(
-                    delimiter="," if path.suffix == ".csv" else "\t", newlines_in_values=True
-                ),
-                convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False),
+        if file.suffix == ".parquet":
+            table = pq.read_table(file)
+        elif file.suffix == ".csv":
+            with file.open(encoding="utf-8-sig", newline="") as stream:
+                kinds = {name: pa.string() for name in next(csv.reader(stream), [])}
+            options = pa_csv.ConvertOptions(column_types=kinds, strings_can_be_null=True, null_values=[""])
+            # A text may hold line breaks inside quotes.
+            table = pa_csv.read_csv(
+                file, parse_options=pa_csv.ParseOptions(newlines_in_values=True), convert_options=options
             )
         else:
-            raise TaskError(f"{path} is no .csv, .tsv or .parquet file; give one of these")
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise TaskError(
-            f"{path} could not be read ({' '.join(str(error).split())}); check the path and the file"
-        ) from None
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+            raise TaskError(f"{file} ends in {file.suffix!r}; give a .csv or .parquet file")
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise TaskError(f"{file} could not be read ({error}); write it again as UTF-8 with a header") from None
+    return {name: table[name].to_pylist() for name in table.column_names}
 
 
 def _example(
-    path: Path,
+    file: Path,
     number: int,
-    row: Mapping[str, Any],
-    input_column: str,
-    output_column: str,
-    options: Sequence[str] | str | None,
-    separator: str,
+    columns: Mapping[str, list[Any]],
+    named: tuple[str, str | None, str | None],
+    fields: Sequence[str],
+    labels: Sequence[str] | None,
 ) -> Example:
-    given = row[input_column]
-    text = "" if given is None else str(given)
-    if not text.strip():
-        raise TaskError(f"{path}, row {number}: the column {input_column!r} is empty; every example needs an input")
-    choices = _texts(row[options], separator) if isinstance(options, str) else tuple(options or ())
-    used = {input_column, output_column, *([options] if isinstance(options, str) else [])}
+    input_column, output_column, options_column = named
+    text = columns[input_column][number]
+    answer = None if output_column is None else columns[output_column][number]
+    listed = labels if options_column is None else columns[options_column][number]
+    if text is None:
+        raise TaskError(f"{file}, row {number}: column {input_column!r} is empty; fill it or drop the row")
+    if options_column is not None and not isinstance(listed, list):
+        raise TaskError(f"{file}, row {number}: column {options_column!r} is {listed!r}; give a list of texts")
+    answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
+    options = None if listed is None else tuple(str(option) for option in listed)
+    if not answers and options is None:
+        raise TaskError(
+            f"{file}, row {number} has neither an answer nor options; fill column {output_column!r} or give labels"
+        )
     return Example(
-        input=text,
-        outputs=_texts(row.get(output_column), separator),
-        options=choices or None,
-        fields={name: "" if value is None else str(value) for name, value in row.items() if name not in used},
+        input=str(text),
+        outputs=tuple(str(one) for one in answers),
+        options=options,
+        fields={name: "" if columns[name][number] is None else str(columns[name][number]) for name in fields},
     )
-
-
-def _texts(cell: Any, separator: str) -> tuple[str, ...]:
-    parts = cell if isinstance(cell, list | tuple) else [] if cell is None else str(cell).split(separator)
-    return tuple(text for part in parts if (text := str(part).strip()))
