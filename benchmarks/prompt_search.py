@@ -4,9 +4,9 @@
 Our genetic search, random search over its operators, GPS's procedure and, with ``--peers gepa``, a library, all driven
 by one model (``prompt_search_peers.py`` says how). A task has 64 labelled rows, 32 to search on and 32 to confirm on,
 and a test part that decides nothing. Gains are in points of test accuracy over the manual prompt that is best on the
-search part (by accuracy, then fitness), by two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA choose; ``confirmed``, the
-exact test of :mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual prompt. Intervals
-are bootstrapped over tasks.
+search part (by accuracy, then fitness), by two rules: ``top``, the first prompt of the method's ranking, as GPS and
+GEPA choose; ``confirmed``, the exact test of :mod:`lightning_zeroprompt.prompts.confirm` among the first three of it,
+else the manual prompt. Intervals are bootstrapped over tasks.
 
 ``--setting builtin``: held-out built-in tasks in wordings that no training draws. ``--setting real``: T0's evaluation
 sets with promptsource templates, and further held-out tasks (``--data`` is a folder of ``heldout.parquet``,

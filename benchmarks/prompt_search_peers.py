@@ -19,6 +19,7 @@
 """
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -316,13 +317,11 @@ def gepa(arena: Arena) -> Ranking:
     adapter = _Adapter(arena, scorer, ranked[0])
     if not adapter.parts:
         return Ranking(prompts=ranked, spent=scorer.counts.scored, tried=len(ranked))
-    idle = {"spent": -1, "turns": 0}
+    turns = itertools.count(1)
 
     def is_spent(state: Any) -> bool:
-        # Texts that repeat cost nothing; without a limit such a search would never end.
-        idle["turns"] = idle["turns"] + 1 if idle["spent"] == scorer.counts.scored else 0
-        idle["spent"] = scorer.counts.scored
-        return scorer.counts.scored + len(rows) > arena.budget or idle["turns"] > _IDLE
+        # Texts that repeat cost nothing: without a limit on turns some searches would hardly end.
+        return scorer.counts.scored + len(rows) > arena.budget or next(turns) > arena.budget // 3
 
     result = library.optimize(
         seed_candidate={name: part.text for name, part in adapter.parts.items()},
