@@ -3,10 +3,11 @@
 
 Our genetic search, random search over its operators, GPS's procedure and, with ``--peers gepa``, a library, all driven
 by one model (``prompt_search_peers.py`` says how). A task has 64 labelled rows, 32 to search on and 32 to confirm on,
-and a test part that decides nothing. Gains are in points of test accuracy over the manual prompt that is best on the
-search part (by accuracy, then fitness), by two rules: ``top``, the first prompt of the method's ranking, as GPS and
-GEPA choose; ``confirmed``, the exact test of :mod:`lightning_zeroprompt.prompts.confirm` among the first three of it,
-else the manual prompt. Intervals are bootstrapped over tasks.
+and a test part that decides nothing. Gains are in points of test accuracy (free answers: exact match or ROUGE-L, whose
+generated texts no budget counts) over the manual prompt that is best on the search part by outcome, then fitness; by
+two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA choose; ``confirmed``, the exact test of
+:mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual prompt (``confirmed_alone``:
+the first one alone). Intervals are bootstrapped over tasks.
 
 ``--setting builtin``: held-out built-in tasks in wordings that no training draws. ``--setting real``: T0's evaluation
 sets with promptsource templates, and further held-out tasks (``--data`` is a folder of ``heldout.parquet``,
@@ -36,7 +37,7 @@ from unittest import mock
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from prompt_search_peers import METHODS, Arena, Ranking, ranked_by_accuracy
+from prompt_search_peers import METHODS, Arena, Ranking, ranked_with_manual
 from prompt_search_tasks import Found, builtin_pools, real_pools, t0_pools
 
 from lightning_zeroprompt.cli.prompts import Loaded
@@ -60,6 +61,7 @@ OWN_RULE = {
     "gepa": "top",
 }
 """How each method chooses by itself."""
+RULES = ("top", "confirmed", "confirmed_alone")
 LIBRARIES = ("gepa",)
 FINALISTS = 3
 FEWEST = 8
@@ -80,30 +82,35 @@ class Judge:
             PromptScorer(pool, arena.forward, arena.encoding, max_tokens=arena.max_tokens)
             for pool in (problem.confirm, problem.test)
         )
-        self.manual = ranked_by_accuracy(arena.scorer(), arena.manual)[0]
+        self.manual = ranked_with_manual(arena.scorer(), arena.manual, arena)[0]
         pool = problem.test
-        right = np.add.reduceat(pool.right.astype(np.float64), pool.option_offsets[:-1])
-        self.chance = float((right / pool.num_options).mean())
-        outcome = self._test.score([self.manual]).outcome[0]
+        self.chance = 0.0
+        if pool.kind == "choice":
+            right = np.add.reduceat(pool.right.astype(np.float64), pool.option_offsets[:-1])
+            self.chance = float((right / pool.num_options).mean())
+        outcome = self._test.score([self.manual], outcomes=True).outcome[0]
         self.manual_test, self.manual_confirm = float(outcome.mean()), self._outcome(self._confirm, self.manual)
         self.beats_chance = beats_chance(int(outcome.sum()), len(outcome), self.chance)
 
     @staticmethod
     def _outcome(scorer: PromptScorer, genome: PromptGenome) -> float:
-        return float(scorer.score([genome]).outcome.mean())
+        return float(scorer.score([genome], outcomes=True).outcome.mean())
 
     def judge(self, ranking: Ranking) -> dict[str, Any]:
         """Test and confirm accuracy of a method's first prompt, and of what the confirmation leaves."""
         top = ranking.prompts[0]
         finalists = [genome for genome in ranking.prompts if genome.fingerprint not in self._own][:FINALISTS]
-        scores = self._confirm.score([self.manual, *finalists])
+        scores = self._confirm.score([self.manual, *finalists], outcomes=True)
         usable = [at for at in range(len(finalists)) if np.isfinite(scores.fitness[at + 1]).all()]
-        evidence = [Evidence(fitness=f, outcome=o) for f, o in zip(scores.fitness, scores.outcome, strict=True)]
-        found = confirm(evidence[0], [evidence[at + 1] for at in usable])
+        manual, *others = (Evidence(fitness=f, outcome=o) for f, o in zip(scores.fitness, scores.outcome, strict=True))
+        found = confirm(manual, [others[at] for at in usable])
         confirmed = self.manual if found.chosen is None else finalists[usable[found.chosen]]
         record: dict[str, Any] = {"kept": found.chosen is not None, "spent": ranking.spent, "tried": ranking.tried}
         record["p"] = min((comparison.adjusted_p for comparison in found.comparisons), default=None)
-        for rule, genome in (("top", top), ("confirmed", confirmed)):
+        # One finalist needs no correction, but is one chance less.
+        single = bool(usable) and confirm(manual, [others[usable[0]]]).chosen == 0
+        alone = finalists[usable[0]] if single else self.manual
+        for rule, genome in (("top", top), ("confirmed", confirmed), ("confirmed_alone", alone)):
             record[rule] = {
                 "text": genome.text,
                 "gain": 100 * (self._outcome(self._test, genome) - self.manual_test),
@@ -117,7 +124,9 @@ def pools(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, Found
     tokenizer = loaded.corpus.tokenizer
     if args.setting == "builtin":
         seed = loaded.run.seed
-        for found in builtin_pools(tokenizer, count=args.tasks, rows=args.rows, seed=0, corpus_seed=seed):
+        for found in builtin_pools(
+            tokenizer, count=args.tasks, kind=args.kind, rows=args.rows, seed=0, corpus_seed=seed
+        ):
             yield "built-in", found
         return
     limits = {"rows": args.rows, "encoder_length": loaded.run.data.encoder_length}
@@ -205,7 +214,7 @@ def summary(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str,
     for name in methods:
         own = OWN_RULE[name]
         entry: dict[str, Any] = {}
-        gains = {rule: [row[name][rule]["gain"] for row in counted] for rule in ("top", "confirmed")}
+        gains = {rule: [row[name][rule]["gain"] for row in counted] for rule in RULES}
         for rule, found in gains.items():
             entry[f"gain_{rule}"] = interval(by_task(counted, found))
         entry["rule"], entry["gain"] = own, entry[f"gain_{own}"]
@@ -295,6 +304,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", type=Path, help="folder of the real tasks")
     parser.add_argument("--tasks", type=int, default=24, help="held-out tasks, T0's sets not counted")
+    parser.add_argument("--kind", choices=("all", "choice"), default="all", help="of the built-in tasks")
     parser.add_argument("--rows", type=int, default=600, help="most rows a task")
     parser.add_argument("--seeds", type=int, default=1, help="each with other parts and another search")
     parser.add_argument("--budget", type=int, default=1500, help="scorings a search")

@@ -15,7 +15,7 @@
 * ``gepa``: the library's loop (Pareto parents, minibatches of three, whole search part), ``gepa.optimize``. Its
   reflection asks a chat model to read examples and to answer between backticks; a text-to-text model of this size can
   read neither that prompt nor answer so, hence new texts come from the same span infilling as ``infill_span``'s. Its
-  metric is the sigmoid of the margin, which moves where accuracy does not.
+  metric is the sigmoid of the margin (of free answers, the probability of a token), which moves where accuracy does not.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -39,9 +39,12 @@ from lightning_zeroprompt.prompts.racing import Race, RaceSettings, run_race
 from lightning_zeroprompt.prompts.search import PromptSearch
 from lightning_zeroprompt.prompts.settings import SearchSettings
 
-__all__ = ["METHODS", "Arena", "Ranking", "ranked_by_accuracy"]
+__all__ = ["METHODS", "Arena", "Ranking", "ranked_with_manual"]
+
+T = TypeVar("T")
 
 _BATCH = 16
+_HALL_OF_FAME = SearchSettings().hall_of_fame
 _GPS_GENERATIONS = 4
 _IDLE = 200
 
@@ -97,24 +100,30 @@ class Arena:
         return [candidate.genome for candidate in self.problem.manual]
 
 
-def _ranked(prompts: Sequence[PromptGenome], values: Any) -> list[PromptGenome]:
+def _ranked(prompts: Sequence[T], values: Any) -> list[T]:
     """Best first; of equals the one that was there first; refused ones left out."""
     order = sorted((-float(value), place) for place, value in enumerate(values) if math.isfinite(value))
     return [prompts[place] for _, place in order]
 
 
-def ranked_by_accuracy(scorer: PromptScorer, prompts: Sequence[PromptGenome]) -> list[PromptGenome]:
-    """By accuracy, then mean fitness, on all rows, best first: how our search takes manual prompts and finalists."""
-    scores = scorer.score(prompts)
-    by_fitness = _ranked(prompts, scores.fitness.mean(1, dtype=np.float64))
-    accuracy = dict(zip(prompts, scores.outcome.mean(1, dtype=np.float64).tolist(), strict=True))
-    return _ranked(by_fitness, [accuracy[prompt] for prompt in by_fitness])
+def ranked_by_outcome(scorer: PromptScorer, prompts: Sequence[PromptGenome]) -> list[PromptGenome]:
+    """How our search takes its finalists: the best few by mean fitness, put in order by their outcomes."""
+    means = scorer.score(prompts).fitness.mean(1, dtype=np.float64)
+    best = _ranked(prompts, means)[:_HALL_OF_FAME]
+    return _ranked(best, scorer.score(best, outcomes=True).outcome.mean(1, dtype=np.float64)) if best else []
+
+
+def ranked_with_manual(scorer: PromptScorer, prompts: Sequence[PromptGenome], arena: "Arena") -> list[PromptGenome]:
+    """The finalists and all manual prompts by outcome, then fitness."""
+    chosen = list(dict.fromkeys([*ranked_by_outcome(scorer, prompts), *arena.manual]))
+    scores = scorer.score(chosen, outcomes=True)
+    by_fitness = _ranked(range(len(chosen)), scores.fitness.mean(1, dtype=np.float64))
+    outcome = scores.outcome.mean(1, dtype=np.float64)
+    return [chosen[at] for at in _ranked(by_fitness, [outcome[at] for at in by_fitness])]
 
 
 def genetic(arena: Arena) -> Ranking:
-    settings = SearchSettings(
-        population=arena.population, generations=1000, budget=arena.budget, seed=arena.seed, hall_of_fame=12
-    )
+    settings = SearchSettings(population=arena.population, generations=1000, budget=arena.budget, seed=arena.seed)
     search = PromptSearch(
         arena.problem, arena.forward, arena.operators, settings, arena.encoding, max_tokens=arena.max_tokens
     )
@@ -123,9 +132,8 @@ def genetic(arena: Arena) -> Ranking:
         pass
     scorer = search.scorers["search"]
     # All of them have been scored on the whole part: this costs nothing.
-    prompts = list(dict.fromkeys([*(one.candidate.genome for one in search.hall), *arena.manual]))
-    values = scorer.score(prompts).fitness.mean(1, dtype=np.float64)
-    return Ranking(prompts=_ranked(prompts, values), spent=scorer.counts.scored, tried=len(scorer.state_dict()["keys"]))
+    ranking = ranked_with_manual(scorer, [one.candidate.genome for one in search.hall], arena)
+    return Ranking(prompts=ranking, spent=scorer.counts.scored, tried=len(scorer.state_dict()["keys"]))
 
 
 class _Walk:
@@ -160,7 +168,7 @@ class _Walk:
 def random_search(arena: Arena) -> Ranking:
     scorer = arena.scorer()
     prompts = _Walk(arena, scorer).grow(arena.budget // len(arena.problem.search))
-    ranking = ranked_by_accuracy(scorer, prompts)
+    ranking = ranked_with_manual(scorer, prompts, arena)
     return Ranking(prompts=ranking, spent=scorer.counts.scored, tried=len(prompts))
 
 
@@ -190,8 +198,8 @@ def random_race(arena: Arena) -> Ranking:
     )
     # The manual prompts have been scored on everything, whether they stayed in the race or not.
     finished = [prompts[entry.candidate] for entry in race.standings() if entry.seen == size]
-    finished = list(dict.fromkeys([*finished, *arena.manual]))
-    return Ranking(prompts=ranked_by_accuracy(scorer, finished), spent=scorer.counts.scored, tried=len(prompts))
+    ranking = ranked_with_manual(scorer, finished, arena)
+    return Ranking(prompts=ranking, spent=scorer.counts.scored, tried=len(prompts))
 
 
 class _Continuation:
@@ -230,7 +238,7 @@ def _gps(arena: Arena, operators: OperatorSet) -> Ranking:
     children = max((arena.budget - keep * size) // (size * _GPS_GENERATIONS), 1)
     kept: dict[str, tuple[PromptGenome, float]] = {}
     for _ in range(_GPS_GENERATIONS + 1):
-        accuracy = scorer.score(generation).outcome.mean(1, dtype=np.float64)
+        accuracy = scorer.score(generation, outcomes=True).outcome.mean(1, dtype=np.float64)
         value = {genome.fingerprint: float(mean) for genome, mean in zip(generation, accuracy, strict=True)}
         parents = _ranked(generation, accuracy)[:keep]
         kept.update({parent.fingerprint: (parent, value[parent.fingerprint]) for parent in parents})
@@ -277,8 +285,11 @@ class _Adapter:
         """Score a candidate on rows of the search part; what is refused scores 0."""
         from gepa.core.adapter import EvaluationBatch
 
-        margin = self._scorer.score([self.genome(candidate)], batch).fitness[0].astype(np.float64)
-        values = np.where(np.isfinite(margin), 1 / (1 + np.exp(-np.clip(margin, -50, 50))), 0.0).tolist()
+        fitness = self._scorer.score([self.genome(candidate)], batch).fitness[0].astype(np.float64)
+        bounded = np.clip(fitness, -50, 50)
+        # A probability: of the right option against the best wrong one, or, of free answers, a token's.
+        chance = 1 / (1 + np.exp(-bounded)) if self._scorer.pool.kind == "choice" else np.exp(bounded)
+        values = np.where(np.isfinite(fitness), chance, 0.0).tolist()
         return EvaluationBatch(outputs=values, scores=values, trajectories=values if capture_traces else None)
 
     def make_reflective_dataset(
@@ -313,7 +324,7 @@ def gepa(arena: Arena) -> Ranking:
     import gepa as library
 
     scorer, rows = arena.scorer(), list(range(len(arena.problem.search)))
-    ranked = ranked_by_accuracy(scorer, arena.manual)
+    ranked = ranked_with_manual(scorer, arena.manual, arena)
     adapter = _Adapter(arena, scorer, ranked[0])
     if not adapter.parts:
         return Ranking(prompts=ranked, spent=scorer.counts.scored, tried=len(ranked))

@@ -44,21 +44,26 @@ def _drawn(rows: list[Example], limit: int, seed: str) -> list[Example]:
     return rows if len(rows) <= limit else random.Random(seed).sample(rows, limit)
 
 
-def builtin_pools(tokenizer: TextTokenizer, *, count: int, rows: int, seed: int, corpus_seed: int) -> Iterator[Found]:
-    """Built-in held-out tasks with options; the manual prompts are the wordings that no training draws.
+def builtin_pools(
+    tokenizer: TextTokenizer, *, count: int, kind: str, rows: int, seed: int, corpus_seed: int
+) -> Iterator[Found]:
+    """Built-in held-out tasks; the manual prompts are the wordings that no training draws.
 
     Args:
         tokenizer: The model's.
         count: Tasks, drawn by seed from all that are held out.
+        kind: ``"all"``, or ``"choice"`` for those with options alone.
         rows: Rows a task.
         seed: Of the draw.
         corpus_seed: Seed of the corpus that was trained on: wordings depend on it.
     """
     listed = builtin_tasks(seed=corpus_seed, examples_per_task=rows)
-    heldout = [task for task in listed if task.role == "heldout" and not task.task_id.split(".")[2].startswith("free")]
+    heldout = [task for task in listed if task.role == "heldout"]
+    if kind == "choice":
+        heldout = [task for task in heldout if next(iter(task.examples())).options is not None]
     for task in sorted(random.Random(f"{seed} tasks").sample(heldout, count), key=lambda task: task.task_id):
         templates = [template for template in task.templates if template.role == "heldout"]
-        yield ExamplePool.from_examples(task.task_id, task.examples(), templates, tokenizer), None
+        yield ExamplePool.from_examples(task.task_id, task.examples(), templates, tokenizer, metric=task.metric), None
 
 
 def t0_pools(folder: Path, tokenizer: TextTokenizer, *, rows: int, encoder_length: int) -> Iterator[Found]:
