@@ -6,8 +6,7 @@ by one model (``prompt_search_peers.py`` says how). A task has 64 labelled rows,
 and a test part that decides nothing. Gains are in points of test accuracy (free answers: exact match or ROUGE-L, whose
 generated texts no budget counts) over the manual prompt that is best on the search part by outcome, then fitness; by
 two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA choose; ``confirmed``, the exact test of
-:mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual prompt (``confirmed_alone``:
-the first one alone). Intervals are bootstrapped over tasks.
+:mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual prompt. Intervals are bootstrapped over tasks.
 
 ``--setting builtin``: held-out built-in tasks in wordings that no training draws. ``--setting real``: T0's evaluation
 sets with promptsource templates, and further held-out tasks (``--data`` is a folder of ``heldout.parquet``,
@@ -31,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -61,9 +60,15 @@ OWN_RULE = {
     "gepa": "top",
 }
 """How each method chooses by itself."""
-RULES = ("top", "confirmed", "confirmed_alone")
+CONFIRMATIONS: dict[str, tuple[int, Literal["fitness", "outcome"]]] = {
+    "confirmed": (3, "fitness"),
+    "confirmed_alone": (1, "fitness"),
+    "confirmed_by_outcome": (3, "outcome"),
+    "confirmed_alone_by_outcome": (1, "outcome"),
+}
+"""Finalists, and what the test compares. The first is the search's own; the others say what it costs and saves."""
+RULES = ("top", *CONFIRMATIONS)
 LIBRARIES = ("gepa",)
-FINALISTS = 3
 FEWEST = 8
 """Tasks with a manual prompt above chance that a conclusion needs."""
 
@@ -99,18 +104,19 @@ class Judge:
     def judge(self, ranking: Ranking) -> dict[str, Any]:
         """Test and confirm accuracy of a method's first prompt, and of what the confirmation leaves."""
         top = ranking.prompts[0]
-        finalists = [genome for genome in ranking.prompts if genome.fingerprint not in self._own][:FINALISTS]
+        finalists = [genome for genome in ranking.prompts if genome.fingerprint not in self._own][:3]
         scores = self._confirm.score([self.manual, *finalists], outcomes=True)
         usable = [at for at in range(len(finalists)) if np.isfinite(scores.fitness[at + 1]).all()]
         manual, *others = (Evidence(fitness=f, outcome=o) for f, o in zip(scores.fitness, scores.outcome, strict=True))
-        found = confirm(manual, [others[at] for at in usable])
-        confirmed = self.manual if found.chosen is None else finalists[usable[found.chosen]]
-        record: dict[str, Any] = {"kept": found.chosen is not None, "spent": ranking.spent, "tried": ranking.tried}
-        record["p"] = min((comparison.adjusted_p for comparison in found.comparisons), default=None)
-        # One finalist needs no correction, but is one chance less.
-        single = bool(usable) and confirm(manual, [others[usable[0]]]).chosen == 0
-        alone = finalists[usable[0]] if single else self.manual
-        for rule, genome in (("top", top), ("confirmed", confirmed), ("confirmed_alone", alone)):
+        record: dict[str, Any] = {"spent": ranking.spent, "tried": ranking.tried}
+        chosen = {"top": top}
+        for rule, (count, decided_by) in CONFIRMATIONS.items():
+            found = confirm(manual, [others[at] for at in usable[:count]], decided_by=decided_by)
+            chosen[rule] = self.manual if found.chosen is None else finalists[usable[found.chosen]]
+            if rule == "confirmed":
+                record["kept"] = found.chosen is not None
+                record["p"] = min((comparison.adjusted_p for comparison in found.comparisons), default=None)
+        for rule, genome in chosen.items():
             record[rule] = {
                 "text": genome.text,
                 "gain": 100 * (self._outcome(self._test, genome) - self.manual_test),

@@ -15,7 +15,7 @@
 * ``gepa``: the library's loop (Pareto parents, minibatches of three, whole search part), ``gepa.optimize``. Its
   reflection asks a chat model to read examples and to answer between backticks; a text-to-text model of this size can
   read neither that prompt nor answer so, hence new texts come from the same span infilling as ``infill_span``'s. Its
-  metric is the sigmoid of the margin (of free answers, the probability of a token), which moves where accuracy does not.
+  metric is the sigmoid of the margin (free answers: a token's probability), which moves where accuracy does not.
 """
 
 import dataclasses
