@@ -6,7 +6,8 @@ by one model (``prompt_search_peers.py`` says how). A task has 64 labelled rows,
 and a test part that decides nothing. Gains are in points of test accuracy (free answers: exact match or ROUGE-L, whose
 generated texts no budget counts) over the manual prompt that is best on the search part by outcome, then fitness; by
 two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA choose; ``confirmed``, the exact test of
-:mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual prompt. Intervals are bootstrapped over tasks.
+:mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual
+prompt. Intervals are bootstrapped over tasks.
 
 ``--setting builtin``: held-out built-in tasks in wordings that no training draws. ``--setting real``: T0's evaluation
 sets with promptsource templates, and further held-out tasks (``--data`` is a folder of ``heldout.parquet``,

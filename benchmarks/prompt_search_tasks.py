@@ -38,6 +38,7 @@ _T0 = {
 
 _MOST_OPTIONS = 8
 _TRAIN_ROWS = 600
+_FEWEST_ROWS = 192
 
 
 def _drawn(rows: list[Example], limit: int, seed: str) -> list[Example]:
@@ -51,7 +52,7 @@ def builtin_pools(
 
     Args:
         tokenizer: The model's.
-        count: Tasks, drawn by seed from all that are held out.
+        count: Tasks, drawn by seed from all that are held out and have 192 rows.
         kind: ``"all"``, or ``"choice"`` for those with options alone.
         rows: Rows a task.
         seed: Of the draw.
@@ -59,11 +60,15 @@ def builtin_pools(
     """
     listed = builtin_tasks(seed=corpus_seed, examples_per_task=rows)
     heldout = [task for task in listed if task.role == "heldout"]
-    if kind == "choice":
-        heldout = [task for task in heldout if next(iter(task.examples())).options is not None]
-    for task in sorted(random.Random(f"{seed} tasks").sample(heldout, count), key=lambda task: task.task_id):
+    random.Random(f"{seed} tasks").shuffle(heldout)
+    chosen: list[tuple[Task, list[Example]]] = []
+    for task in heldout:
+        examples = list(task.examples()) if len(chosen) < count else []
+        if len(examples) >= _FEWEST_ROWS and (kind == "all" or examples[0].options is not None):
+            chosen.append((task, examples))
+    for task, examples in sorted(chosen, key=lambda pair: pair[0].task_id):
         templates = [template for template in task.templates if template.role == "heldout"]
-        yield ExamplePool.from_examples(task.task_id, task.examples(), templates, tokenizer, metric=task.metric), None
+        yield ExamplePool.from_examples(task.task_id, examples, templates, tokenizer, metric=task.metric), None
 
 
 def t0_pools(folder: Path, tokenizer: TextTokenizer, *, rows: int, encoder_length: int) -> Iterator[Found]:
@@ -134,7 +139,7 @@ def real_pools(
         examples = [example for example in task.examples() if example.options is not None]
         sizes = {len(example.options or ()) for example in examples}
         answers = {example.outputs[0] for example in examples}
-        if len(examples) < 192 or max(sizes) > _MOST_OPTIONS or min(sizes) < 2 or len(answers) < 2:
+        if len(examples) < _FEWEST_ROWS or max(sizes) > _MOST_OPTIONS or min(sizes) < 2 or len(answers) < 2:
             continue
         taken[source] = taken.get(source, 0) + 1
         chosen.append((task, _drawn(examples, rows, task.task_id)))
