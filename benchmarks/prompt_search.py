@@ -9,8 +9,8 @@ two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA ch
 :mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual
 prompt. Intervals are bootstrapped over tasks.
 
-``--setting builtin``: held-out built-in tasks in wordings that no training draws. ``--setting real``: T0's evaluation
-sets with promptsource templates, and further held-out tasks (``--data`` is a folder of ``heldout.parquet``,
+``--setting builtin``: held-out built-in tasks in wordings that no training draws. ``t0``: T0's evaluation sets with
+promptsource templates; ``heldout``: other held-out tasks (both with ``--data``, a folder of ``heldout.parquet``,
 ``tasks.jsonl``, ``t0/`` and ``templates_t0/``). The last line is one JSON object.
 
     zeroprompt-train experiment=demo hydra.run.dir=RUN
@@ -137,10 +137,12 @@ def pools(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, Found
             yield "built-in", found
         return
     limits = {"rows": args.rows, "encoder_length": loaded.run.data.encoder_length}
-    for found in t0_pools(args.data, tokenizer, **limits):
-        yield "T0", found
-    for found in real_pools(args.data, tokenizer, count=args.tasks, seed=0, **limits):
-        yield "held-out", found
+    if args.setting == "t0":
+        for found in t0_pools(args.data, tokenizer, **limits):
+            yield "T0", found
+    else:
+        for found in real_pools(args.data, tokenizer, count=args.tasks, seed=0, **limits):
+            yield "held-out", found
 
 
 def arenas(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, int, Arena]]:
@@ -307,10 +309,10 @@ def markdown(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=("builtin", "real"), default="builtin")
+    parser.add_argument("--setting", choices=("builtin", "t0", "heldout"), default="builtin")
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", type=Path, help="folder of the real tasks")
-    parser.add_argument("--tasks", type=int, default=24, help="held-out tasks, T0's sets not counted")
+    parser.add_argument("--tasks", type=int, default=24, help="tasks to draw; T0 has its own")
     parser.add_argument("--kind", choices=("all", "choice"), default="all", help="of the built-in tasks")
     parser.add_argument("--rows", type=int, default=600, help="most rows a task")
     parser.add_argument("--seeds", type=int, default=1, help="each with other parts and another search")
@@ -323,8 +325,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="write the table of tasks, Markdown")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    if args.setting == "real" and args.data is None:
-        parser.error("--setting real reads --data FOLDER")
+    if args.setting != "builtin" and args.data is None:
+        parser.error(f"--setting {args.setting} reads --data FOLDER")
     methods = [name for name in f"{args.methods},{args.peers}".split(",") if name]
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
