@@ -171,8 +171,12 @@ def arenas(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, int,
 
 def compare(args: argparse.Namespace, loaded: Loaded, methods: Sequence[str]) -> list[dict[str, Any]]:
     """One row a task and seed."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
     for group, seed, arena in arenas(args, loaded):
+        if rows and args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
+            print(f"{args.minutes} minutes are over; {arena.problem.name} and those behind it are left out", flush=True)
+            break
         judge, problem = Judge(arena), arena.problem
         row: dict[str, Any] = {
             "group": group,
@@ -322,6 +326,7 @@ def main() -> None:
     parser.add_argument("--peers", default="", help=f"libraries to add: {', '.join(LIBRARIES)}")
     parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("--overhead", action="store_true", help="time the search at population 64 instead")
+    parser.add_argument("--minutes", type=float, help="begin no further task after so long")
     parser.add_argument("--table", type=Path, help="write the table of tasks, Markdown")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
