@@ -118,7 +118,7 @@ def _with_fields(example: Example, names: set[str]) -> Example:
 def real_pools(
     folder: Path, tokenizer: TextTokenizer, *, count: int, rows: int, seed: int, encoder_length: int
 ) -> Iterator[Found]:
-    """Held-out tasks with at most 8 options and at least 192 rows, T0's own sets left out.
+    """Held-out tasks with at most 8 options and at least 192 distinct inputs, T0's own sets left out.
 
     Args:
         folder: With ``heldout.parquet`` and ``tasks.jsonl``.
@@ -131,7 +131,7 @@ def real_pools(
     tasks = [task for task in parquet_tasks(folder, splits=("heldout",), num_tasks=None) if task.benchmark != "t0"]
     random.Random(f"{seed} tasks").shuffle(tasks)
     taken: dict[str, int] = {}
-    chosen: list[tuple[Task, list[Example]]] = []
+    chosen: list[ExamplePool] = []
     for task in tasks:
         source = task.task_id.partition("/")[0]
         if source == "t0" or taken.get(source, 0) >= 4 or len(chosen) == count:
@@ -141,10 +141,14 @@ def real_pools(
         answers = {example.outputs[0] for example in examples}
         if len(examples) < _FEWEST_ROWS or max(sizes) > _MOST_OPTIONS or min(sizes) < 2 or len(answers) < 2:
             continue
-        taken[source] = taken.get(source, 0) + 1
-        chosen.append((task, _drawn(examples, rows, task.task_id)))
-    for task, examples in sorted(chosen, key=lambda pair: pair[0].task_id):
+        drawn = _drawn(examples, rows, task.task_id)
         pool = ExamplePool.from_examples(
-            task.task_id, examples, task.templates, tokenizer, max_input_tokens=encoder_length
+            task.task_id, drawn, task.templates, tokenizer, max_input_tokens=encoder_length
         )
+        # Long inputs that begin alike are one input when their ends are cut.
+        if len(set(pool.input_keys())) < _FEWEST_ROWS:
+            continue
+        taken[source] = taken.get(source, 0) + 1
+        chosen.append(pool)
+    for pool in sorted(chosen, key=lambda pool: pool.name):
         yield pool, None
