@@ -143,6 +143,9 @@ def segment_positions(segments: Tensor) -> Tensor:
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype in which attention will run: autocast's where it is on, else that of ``weight``."""
     device = weight.device.type
+    if device == "meta":
+        # Nothing runs there, and asking for its autocast is an error.
+        return weight.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 

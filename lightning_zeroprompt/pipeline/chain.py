@@ -406,6 +406,8 @@ def _places(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 def _same(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(two, Tensor):
+        if one.is_meta or two.is_meta:
+            return one.shape == two.shape
         return one.shape == two.shape and bool(((one == two) | ((one != one) & (two != two))).all())
     # What can be compared; functions and other objects are made anew at every call.
     return one == two if isinstance(one, (bool, int, float, str)) else True

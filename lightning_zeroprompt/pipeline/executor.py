@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_zeroprompt.pipeline.chain import Calls
-from lightning_zeroprompt.pipeline.lowering import add_collectives, add_transfers
+from lightning_zeroprompt.pipeline.lowering import add_collectives, add_transfers, has_transfers
 from lightning_zeroprompt.pipeline.peer_copy import PeerCopies
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule, Task
@@ -336,7 +336,7 @@ class PipelineExecutor:
         """Run a schedule; gradients are added to the parameters'.
 
         Args:
-            schedule: With as many micro-batches as there are.
+            schedule: With as many micro-batches as there are; transfers are added where it has none.
             micro_batches: The step's.
             loss: ``loss(output, index)`` on the last stage: a scalar to go backward from, scaled as it should be.
         """
@@ -362,7 +362,8 @@ class PipelineExecutor:
         # By identity: hashing thousands of tasks would cost more than walking them.
         key = id(schedule), train
         if key not in self._runtimes:
-            tasks = add_transfers(schedule).tasks[dist.get_rank(self.group)]
+            whole = schedule if has_transfers(schedule) else add_transfers(schedule)
+            tasks = whole.tasks[dist.get_rank(self.group)]
             runtime = RuntimeBase(list(self._stages.values()), tasks, schedule.micro_batches, train=train)
             self._runtimes[key] = schedule, runtime
         self._micro_batches, self._training = micro_batches, train

@@ -16,11 +16,12 @@ valid order of messages in one way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
-from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS, ListCosts
-from lightning_zeroprompt.pipeline.schedule import COMPUTE, Kind, Placement, Schedule, Task
+from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS, ListCosts, of_stages
+from lightning_zeroprompt.pipeline.schedule import COMPUTE, TRANSFER, Kind, Placement, Schedule, Task
 
-__all__ = ["add_collectives", "add_transfers", "phases"]
+__all__ = ["add_collectives", "add_transfers", "has_transfers", "phases"]
 
 _USES_WEIGHTS = (Kind.FORWARD, Kind.BACKWARD)
 
@@ -118,7 +119,12 @@ def inputs_of(placement: Placement, task: Task) -> Task | None:
     return Task(Kind.BACKWARD, task.stage, task.micro_batch)
 
 
-def add_transfers(schedule: Schedule, costs: ListCosts = TYPICAL_COSTS) -> Schedule:
+def has_transfers(schedule: Schedule) -> bool:
+    """Whether sends and receives are there already."""
+    return any(task.kind in TRANSFER for tasks in schedule.tasks for task in tasks)
+
+
+def add_transfers(schedule: Schedule, costs: ListCosts | Sequence[ListCosts] = TYPICAL_COSTS) -> Schedule:
     """Insert sends and receives.
 
     Ranks are run in simulated time. When a task ends whose result is needed elsewhere, its send goes behind it and its
@@ -127,55 +133,76 @@ def add_transfers(schedule: Schedule, costs: ListCosts = TYPICAL_COSTS) -> Sched
 
     Args:
         schedule: One with computations, with or without collectives.
-        costs: Times of the tasks.
+        costs: Of all stages, or of each.
 
     Raises:
         ValueError: If a task waits for one that never comes, naming the ranks' positions.
     """
     placement = schedule.placement
+    count, stages = schedule.micro_batches, schedule.stages
+    each = of_stages(costs, stages)
+    length = {
+        Kind.FORWARD: [cost.forward for cost in each],
+        Kind.BACKWARD: [cost.backward for cost in each],
+        Kind.WEIGHT: [cost.weight for cost in each],
+    }
     position = [0] * schedule.ranks
     clock = [0.0] * schedule.ranks
-    length = {Kind.FORWARD: costs.forward, Kind.BACKWARD: costs.backward, Kind.WEIGHT: costs.weight}
-    done: dict[Task, float] = {}
+    # By number instead of by task: a task's hash costs more than all else here.
+    done = [-1.0] * (2 * stages * count)
+    waiting: dict[int, int] = {}
     lists: list[list[Task]] = [[] for _ in range(schedule.ranks)]
     # What has started and is not yet in its list: a result's message goes behind every task that ends earlier.
-    ending: list[tuple[float, int, Task]] = []
+    ending: list[tuple[float, int, int, Task]] = []
+    startable: list[tuple[float, int]] = []
+
+    def offer(rank: int) -> None:
+        """Queue a rank's next task by when it can start; one that waits is queued once its input is made."""
+        tasks, at = schedule.tasks[rank], position[rank]
+        if at == len(tasks):
+            return
+        task, begin = tasks[at], clock[rank]
+        needed = -1
+        if task.kind is Kind.FORWARD:
+            needed = (task.stage - 1) * count + task.micro_batch if task.stage else -1
+        elif task.kind is Kind.BACKWARD:
+            last = task.stage == stages - 1
+            needed = (task.stage if last else stages + task.stage + 1) * count + task.micro_batch
+        elif task.kind is Kind.WEIGHT:
+            needed = (stages + task.stage) * count + task.micro_batch
+        if needed >= 0:
+            if done[needed] < 0:
+                waiting[needed] = rank
+                return
+            begin = max(begin, done[needed])
+        heappush(startable, (begin, rank))
 
     def flush(now: float) -> None:
         """Send what ended by ``now``."""
-        ending.sort(key=lambda item: item[:2])
         while ending and ending[0][0] <= now:
-            _, rank, task = ending.pop(0)
+            _, rank, _, task = heappop(ending)
             message = _message(placement, task)
             if message:
                 lists[rank].append(message[0])
                 lists[placement.rank_of(message[1].stage)].append(message[1])
 
-    def needed_next(rank: int) -> Task | None:
-        """What the rank's next task waits for."""
-        tasks = schedule.tasks[rank]
-        if position[rank] < len(tasks) and tasks[position[rank]].kind in COMPUTE:
-            return inputs_of(placement, tasks[position[rank]])
-        return None
-
-    needed = [needed_next(rank) for rank in range(schedule.ranks)]
-    while True:
-        starts = [
-            (max(clock[rank], done[waits_for]) if waits_for else clock[rank], rank)
-            for rank, waits_for in enumerate(needed)
-            if position[rank] < len(schedule.tasks[rank]) and (waits_for is None or waits_for in done)
-        ]
-        if not starts:
-            break
-        begin, rank = min(starts)
+    for rank in range(schedule.ranks):
+        offer(rank)
+    while startable:
+        begin, rank = heappop(startable)
         flush(begin)
         task = schedule.tasks[rank][position[rank]]
         lists[rank].append(task)
         position[rank] += 1
-        needed[rank] = needed_next(rank)
         if task.kind in COMPUTE:
-            clock[rank] = done[task] = begin + length[task.kind]
-            ending.append((clock[rank], rank, task))
+            clock[rank] = begin + length[task.kind][task.stage]
+            if task.kind is not Kind.WEIGHT:
+                number = (task.stage + (stages if task.kind is Kind.BACKWARD else 0)) * count + task.micro_batch
+                done[number] = clock[rank]
+                heappush(ending, (clock[rank], rank, position[rank], task))
+                if number in waiting:
+                    offer(waiting.pop(number))
+        offer(rank)
     flush(max(clock, default=0.0))
     stuck = [
         f"rank {rank} at {tasks[at]} (entry {at + 1} of {len(tasks)})"

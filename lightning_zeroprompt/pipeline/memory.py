@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a rank will hold: known from its parameters and its list, before anything has run.
 
-An estimate of what is kept on purpose. What blocks use while they run, an allocator's rounding and buffers of
-collectives come on top; the size of activations is not known, only how many there are.
+What is kept on purpose. An allocator's rounding and buffers of collectives come on top. ``most_held`` counts, for when
+the size of activations is not known; ``peak_bytes`` adds up measured sizes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_zeroprompt.pipeline.schedule import Kind, Schedule
+from lightning_zeroprompt.pipeline.costs import BlockCosts
+from lightning_zeroprompt.pipeline.schedule import Kind, Schedule, Task
 
-__all__ = ["Held", "most_held"]
+__all__ = ["Held", "most_held", "peak_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +65,61 @@ def most_held(schedule: Schedule, rank: int) -> Held:
         now = activations, weight_inputs, len(gathered), len(gradients)
         most = tuple(map(max, most, now))  # type: ignore[assignment]
     return Held(*most)
+
+
+def peak_bytes(tasks: Sequence[Task], stages: Sequence[BlockCosts], own: Sequence[int], data_parallel: int) -> int:
+    """The most memory that a rank holds at once in a step.
+
+    Allocations follow the order in which the host walks the list, so no times are needed. With nothing sharded, weights
+    and gradients are part of the state; else a stage's whole gradients live from its first B of a unit to the REDUCE.
+
+    Args:
+        tasks: The rank's list; with transfers, receive buffers count too.
+        stages: Costs of all stages.
+        own: The rank's stages.
+        data_parallel: D.
+
+    Returns:
+        Bytes.
+    """
+    shared = data_parallel > 1
+    held = peak = sum(stages[stage].state for stage in own) / data_parallel
+    reducing: set[int] = set()
+    received: set[tuple[Kind, int, int]] = set()
+    for task in tasks:
+        kind, stage = task.kind, task.stage
+        block = stages[stage]
+        after = held
+        if kind is Kind.FORWARD:
+            # The input was received into a buffer, and is one of the activations from here on.
+            if (kind, stage, task.micro_batch) in received:
+                held -= stages[stage - 1].output
+            held += block.activations
+            after, held = held, held + block.workspace
+        elif kind is Kind.BACKWARD:
+            if shared and stage not in reducing:
+                reducing.add(stage)
+                held += block.gradients
+            after = held - block.activations + block.weight_inputs
+            if (kind, stage, task.micro_batch) in received:
+                after -= block.output
+            held += block.workspace
+        elif kind is Kind.WEIGHT:
+            after = held - block.weight_inputs
+            held += block.workspace
+        elif kind is Kind.RECV_F:
+            received.add((Kind.FORWARD, stage, task.micro_batch))
+            held = after = held + stages[stage - 1].output
+        elif kind is Kind.RECV_B:
+            received.add((Kind.BACKWARD, stage, task.micro_batch))
+            held = after = held + block.output
+        elif kind is Kind.GATHER and shared:
+            held = after = held + block.parameters
+        elif kind is Kind.RELEASE and shared:
+            after = held - block.parameters
+        elif kind is Kind.REDUCE and shared:
+            reducing.discard(stage)
+            after = held - block.gradients
+        peak = max(peak, held)
+        held = after
+    return round(peak)

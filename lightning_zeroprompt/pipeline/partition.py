@@ -6,25 +6,33 @@ the forward pass and twice that in the backward pass, so weights of Linears and 
 are looked up and norms and biases applied for next to nothing. What lies outside the blocks (embedding before, norm
 and head behind) is work of the first and of the last stage. A block whose parameters do not tell (it multiplies with
 another module's matrix, or works on a part of the tokens) says its work itself, as ``pipeline_cost``; then all do, in
-one unit.
+one unit. Where costs have been measured, ``measured_cuts`` takes those seconds instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from torch import nn
+from lightning_zeroprompt.pipeline.costs import Costs
+from lightning_zeroprompt.pipeline.schedule import Placement
 
-__all__ = ["balanced_cuts", "block_cost", "module_cost"]
+if TYPE_CHECKING:  # plans are made without torch
+    from torch import nn
+
+__all__ = ["balanced_cuts", "block_cost", "measured_cuts", "module_cost"]
 
 
 def module_cost(module: nn.Module) -> float:
     """Estimated work of a module, in parameters multiplied a token.
 
+    >>> from torch import nn
     >>> module_cost(nn.Sequential(nn.Linear(4, 8), nn.Embedding(100, 4)))
     32.004...
     """
+    from torch import nn
+
     cost = 0.0
     seen: set[int] = set()
     for part in module.modules():
@@ -108,6 +116,28 @@ def balanced_cuts(
     if rank_of is None or stages < 3:
         return cuts
     return _even_ranks(cuts, cost_of, [rank_of(stage) for stage in range(stages)])
+
+
+def measured_cuts(costs: Costs, placement: Placement) -> list[tuple[int, int]]:
+    """Cut by measured seconds of F, B and W, what is before and behind the blocks included.
+
+    Args:
+        costs: Of the blocks.
+        placement: Stages to ranks; ranks with several stages get equal sums.
+
+    Returns:
+        For each stage its first block and the one behind its last.
+
+    Raises:
+        ValueError: If there are fewer blocks than stages.
+    """
+    return balanced_cuts(
+        [block.work for block in costs.blocks],
+        placement.stages,
+        before=costs.before.work,
+        behind=costs.behind.work,
+        rank_of=placement.rank_of,
+    )
 
 
 def _even_ranks(

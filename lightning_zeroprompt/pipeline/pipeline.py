@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from lightning_zeroprompt.pipeline.chain import Calls, Chain
 from lightning_zeroprompt.pipeline.chain_check import ChainCopy
+from lightning_zeroprompt.pipeline.costs import Costs
 from lightning_zeroprompt.pipeline.executor import MicroBatch, PipelineExecutor
 from lightning_zeroprompt.pipeline.layout import ProcessGroups
-from lightning_zeroprompt.pipeline.partition import balanced_cuts, block_cost, module_cost
+from lightning_zeroprompt.pipeline.partition import balanced_cuts, block_cost, measured_cuts, module_cost
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
 from lightning_zeroprompt.pipeline.stage import (
     StageModule,
@@ -37,12 +38,24 @@ from lightning_zeroprompt.pipeline.weight_grad import defer_linears, restore_lin
 __all__ = ["Pipeline", "cut_chain"]
 
 
-def cut_chain(chain: Chain, placement: Placement) -> list[tuple[int, int]]:
-    """Cut a chain into stages, and so ranks, of equal estimated work, what lies outside its blocks included.
+def cut_chain(chain: Chain, placement: Placement, costs: Costs | None = None) -> list[tuple[int, int]]:
+    """Cut a chain into stages, and so ranks, of equal work, what lies outside its blocks included.
+
+    Args:
+        chain: The model's.
+        placement: Stages to ranks.
+        costs: Measured; without them work is estimated from parameters.
 
     Raises:
-        ValueError: If there are fewer blocks than stages.
+        ValueError: If there are fewer blocks than stages, or the costs are of another number of blocks.
     """
+    if costs is not None:
+        if len(costs.blocks) != len(chain):
+            raise ValueError(
+                f"costs of {len(costs.blocks)} blocks for a model with {len(chain)}: they were measured for another "
+                "model or another configure_pipeline(); measure again"
+            )
+        return measured_cuts(costs, placement)
     before, behind, _ = chain.outside()
     return balanced_cuts(
         [block_cost(block) for block in chain.blocks],

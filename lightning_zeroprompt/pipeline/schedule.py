@@ -50,6 +50,7 @@ class Kind(StrEnum):
 
 COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT})
 COLLECTIVE = frozenset({Kind.GATHER, Kind.RELEASE, Kind.REDUCE})
+TRANSFER = frozenset({Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B})
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -11,6 +11,8 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``gather_stage`` gathers a stage outside of a schedule, also before its first forward pass.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
 * ``saving_is_hooked`` says whether a checkpoint, or offloading, handles what autograd saves.
+* ``keep_busy``, ``fused_attention`` and ``storage_key`` are for measuring blocks and for counting them on the meta
+  device.
 * ``map_peers`` gives memory that other processes of the host map too (symmetric memory).
 * ``forget_process_groups`` lets a process be a rank of one world after another.
 * ``shard_like`` and ``SafeFileSystemReader`` are for checkpoints: shards without messages, folders without pickles.
@@ -55,12 +57,15 @@ __all__ = [
     "UnshardedGradBuffers",
     "finish_reductions",
     "forget_process_groups",
+    "fused_attention",
     "gather_stage",
     "is_compiled",
+    "keep_busy",
     "map_peers",
     "reduce_gradients",
     "saving_is_hooked",
     "shard_like",
+    "storage_key",
     "to_actions",
 ]
 
@@ -349,6 +354,39 @@ class _UnshardedGradBuffer:
             self._param.unsharded_accumulated_grad = grad.to(self._param.reduce_dtype)
         else:
             held += grad
+
+
+def keep_busy() -> None:
+    """Let the current GPU do nothing for a millisecond, in which the host can launch what is to be timed."""
+    torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` by the kernels that a GPU would run; on the meta device shapes alone."""
+    if enable_gqa:
+        k, v = (part.repeat_interleave(q.size(-3) // part.size(-3), -3) for part in (k, v))
+    if attn_mask is None:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        output: Tensor = flash(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+    else:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        bias = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.size(-2))
+        output = efficient(q, k, v, bias, True, dropout_p, is_causal, scale=scale)[0]
+    return output
+
+
+def storage_key(tensor: Tensor) -> int:
+    """What two tensors have in common that share memory, on the meta device too; while one of them lives."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def shard_like(whole: Tensor, like: DTensor) -> DTensor:

@@ -84,6 +84,10 @@ class WeightGradStore:
         """The number of Linear calls whose gradients wait to be taken."""
         return len(self._pending)
 
+    def held(self) -> list[Tensor]:
+        """The inputs and output gradients of Linear calls whose gradients wait to be taken; some may be one tensor."""
+        return [tensor for call in self._pending for tensor in (call.input, call.grad_output)]
+
     @contextmanager
     def record(self) -> Iterator[None]:
         """Defer the weight gradients of Linears that run within; forward passes *and* backward passes belong within.
@@ -211,7 +215,7 @@ class DeferredLinear(nn.Linear):
         weight, bias = own.get("weight"), own.get("bias")
         if store is None or "bias" not in own or not _defers(weight, bias):
             return super().forward(input)
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
         shape = input.shape
         # Without a gradient to make there would be no node to be told of one; autocast would cast, and save, the weight
         # once a call; a checkpoint drops what is saved in its forward pass, and would not drop what a hook holds.

@@ -31,7 +31,9 @@ def describe_cut(pipeline: Pipeline) -> list[str]:
     ]
 
 
-def describe_schedule(schedule: Schedule, rows: int, pipeline: Pipeline, *, offloaded: bool = False) -> list[str]:
+def describe_schedule(
+    schedule: Schedule, rows: int, pipeline: Pipeline, *, offloaded: bool = False, planned: str = ""
+) -> list[str]:
     """The schedule and the memory that it will take; known with the first batch.
 
     Args:
@@ -39,6 +41,7 @@ def describe_schedule(schedule: Schedule, rows: int, pipeline: Pipeline, *, offl
         rows: Of this rank's batch.
         pipeline: The model.
         offloaded: Whether shards live in the host's memory.
+        planned: What the planner calls it, if it chose it.
     """
     by_rank = [pipeline.state_bytes(rank) for rank in range(schedule.ranks)]
     rank = max(range(schedule.ranks), key=lambda index: sum(by_rank[index]))
@@ -58,10 +61,10 @@ def describe_schedule(schedule: Schedule, rows: int, pipeline: Pipeline, *, offl
             f"up to {_bytes(largest)} each"
         )
     most = max(most_held(schedule, each).activations for each in range(schedule.ranks))
+    name = f"planned: {planned}" if planned else f"{schedule.name} ({SCHEDULES[schedule.name]})"
     return [
-        f"schedule: {schedule.name} ({SCHEDULES[schedule.name]}), {rows} rows in {schedule.micro_batches} "
-        f"micro-batches, units of {schedule.unit}, {schedule.resident} of {schedule.placement.stages_per_rank} stages "
-        "gathered at once",
+        f"schedule: {name}, {rows} rows in {schedule.micro_batches} micro-batches, units of {schedule.unit}, "
+        f"{schedule.resident} of {schedule.placement.stages_per_rank} stages gathered at once",
         f"memory, estimated, pipeline rank {rank}: {', '.join(parts)}{where}{sharded}",
         f"activations: up to {most} on a rank, each of one stage for one micro-batch, of a size not known yet",
     ]

@@ -13,9 +13,12 @@ from lightning_zeroprompt.pipeline.catalogue import SCHEDULES, build_schedule, i
 from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS
 from lightning_zeroprompt.pipeline.schedule import Placement, Schedule
 
-__all__ = ["ScheduleSettings", "Size", "check_size"]
+__all__ = ["AUTO", "ScheduleSettings", "Size", "check_size"]
 
 Size = int | Literal["auto"]
+
+AUTO = "auto"
+"""Let the planner choose."""
 
 
 def check_size(name: str, value: Size) -> None:
@@ -47,8 +50,13 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         for name in ("stages_per_rank", "num_microbatches", "unit", "resident"):
             check_size(name, getattr(self, name))
-        if self.name not in SCHEDULES:
-            raise ValueError(f"schedule {self.name!r} is unknown; there are {', '.join(SCHEDULES)}")
+        if self.name not in (*SCHEDULES, AUTO):
+            raise ValueError(f"schedule {self.name!r} is unknown; there are {', '.join((*SCHEDULES, AUTO))}")
+        chosen = {"unit": self.unit != "auto", "resident": self.resident != "auto"}
+        chosen |= {"vshape": self.vshape is not None, "cap": self.cap is not None}
+        if self.name == AUTO and any(chosen.values()):
+            given = ", ".join(name for name, is_given in chosen.items() if is_given)
+            raise ValueError(f"schedule='auto' chooses {given} itself: leave it out, or name a schedule")
         if self.num_microbatches != "auto" and self.unit != "auto" and self.unit > self.num_microbatches:
             raise ValueError(
                 f"unit={self.unit} with num_microbatches={self.num_microbatches}: a unit has at most all of them"
@@ -79,8 +87,16 @@ class ScheduleSettings:
             few = blocks < 2 * ranks and self.name != "zbv"
             per_rank = 1 if few or self.name in ("1f1b", "zb_h1") else 2
         placement = Placement(ranks, per_rank, self.name == "zbv" if self.vshape is None else self.vshape)
-        self.build(placement, 4 * ranks if self.num_microbatches == "auto" else self.num_microbatches)
+        self.build(placement, self.expected_count(ranks))
         return placement
+
+    def expected_count(self, ranks: int) -> int:
+        """M, as far as it is known before the first batch.
+
+        Args:
+            ranks: P.
+        """
+        return 4 * ranks if self.num_microbatches == "auto" else self.num_microbatches
 
     def build(self, placement: Placement, count: int) -> Schedule:
         """The schedule for a number of micro-batches."""

@@ -11,10 +11,21 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-__all__ = ["fsdp_precision", "hydra_config", "join_results", "micro_seed", "random_state", "set_seed"]
+from lightning_zeroprompt.pipeline.chain import Chain
+
+__all__ = [
+    "fsdp_precision",
+    "hydra_config",
+    "join_results",
+    "micro_seed",
+    "random_state",
+    "set_seed",
+    "warn_of_batch_norm",
+]
 
 
 def micro_seed(*parts: int) -> int:
@@ -81,6 +92,22 @@ def fsdp_precision(plugin: Precision) -> MixedPrecisionPolicy | None:
         f"precision plugin {type(plugin).__name__} is not supported by zeropp; use 32-true, 64-true, bf16-true or "
         "bf16-mixed"
     )
+
+
+def warn_of_batch_norm(chain: Chain, micro_batches: int | str) -> None:
+    """Say on rank 0 what BatchNorm does with micro-batches, where there is any.
+
+    Args:
+        chain: The model's blocks.
+        micro_batches: M, or ``"auto"``.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    names = [name for name, part in chain.root.named_modules() if isinstance(part, kinds)]
+    if names and micro_batches != 1:
+        rank_zero_warn(
+            f"{', '.join(names)}: BatchNorm takes its statistics from a micro-batch, not from the whole batch; "
+            "use GroupNorm or LayerNorm, or num_microbatches=1"
+        )
 
 
 def hydra_config() -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -36,17 +36,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_zeroprompt.pipeline.batch import batch_rows
-from lightning_zeroprompt.pipeline.chain import Chain
+from lightning_zeroprompt.pipeline.costs import Costs
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.schedule import Schedule
 from lightning_zeroprompt.strategies.announce import describe_cut, describe_schedule
+from lightning_zeroprompt.strategies.auto import AutoSchedule
 from lightning_zeroprompt.strategies.callbacks import cut_averages, refuse_callbacks
 from lightning_zeroprompt.strategies.checkpoint.optimizer import load_named_state, named_state, numbers_to_names
 from lightning_zeroprompt.strategies.checkpoint.trainer import load_checkpoint, load_module_state, save_checkpoint
@@ -54,15 +55,13 @@ from lightning_zeroprompt.strategies.compare import compare_ranks
 from lightning_zeroprompt.strategies.norms import whole_grad_norms
 from lightning_zeroprompt.strategies.optimizers import OwnedOptimizers
 from lightning_zeroprompt.strategies.ranks import RankedStrategy
-from lightning_zeroprompt.strategies.schedules import ScheduleSettings, Size
+from lightning_zeroprompt.strategies.schedules import AUTO, ScheduleSettings, Size
 from lightning_zeroprompt.strategies.steps import PipelineSteps
 from lightning_zeroprompt.strategies.stopping import StopSignals
-from lightning_zeroprompt.strategies.support import fsdp_precision, hydra_config
+from lightning_zeroprompt.strategies.support import fsdp_precision, hydra_config, warn_of_batch_norm
 from lightning_zeroprompt.strategies.whole import WholeEvaluation, WholeModel
 
 __all__ = ["ZeroPPStrategy"]
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ZeroPPStrategy(RankedStrategy):
@@ -76,7 +75,9 @@ class ZeroPPStrategy(RankedStrategy):
         num_microbatches: M; ``"auto"`` is the largest divisor of the first batch's rows up to 4 P. Later batches with
             fewer rows get fewer.
         unit: U, micro-batches that go through all stages together; ``"auto"`` is M.
-        schedule: One of ``pipeline.SCHEDULES``.
+        schedule: One of ``pipeline.SCHEDULES``; or ``"auto"``: the planner chooses V, placement, unit and order, and
+            the order anew for the times of the third batch (see ``auto``).
+        costs: For ``schedule="auto"``: measured costs, or the path of a file with them; None estimates.
         vshape: Place stages down the ranks and up again; None is the schedule's own placement.
         cap: See ``pipeline.build_schedule``.
         resident: K, stages of a rank whose weights are gathered at once; ``"auto"`` is 2 (or V, if less), or all where
@@ -114,6 +115,7 @@ class ZeroPPStrategy(RankedStrategy):
         num_microbatches: Size = "auto",
         unit: Size = "auto",
         schedule: str = "zeropp",
+        costs: Costs | str | Path | None = None,
         vshape: bool | None = None,
         cap: int | None = None,
         resident: Size = "auto",
@@ -133,6 +135,10 @@ class ZeroPPStrategy(RankedStrategy):
             timeout=timeout,
         )
         self._settings = ScheduleSettings(schedule, stages_per_rank, num_microbatches, unit, vshape, cap, resident)
+        if costs is not None and schedule != AUTO:
+            raise ValueError(f"costs with schedule={schedule!r}: only 'auto' plans with them; leave them out")
+        per_rank = None if stages_per_rank == "auto" else stages_per_rank
+        self._auto = AutoSchedule(costs, per_rank) if schedule == AUTO else None
         if evaluation not in ("auto", "pipeline", "whole"):
             raise ValueError(f"evaluation={evaluation!r}: use 'pipeline', 'whole' or 'auto'")
         self._activation_checkpointing, self._cpu_offload = activation_checkpointing, cpu_offload
@@ -241,9 +247,14 @@ class ZeroPPStrategy(RankedStrategy):
         self.precision_plugin.convert_module(module)
         chain = find_chain(module, self._settings.fewest_stages(self.groups.layout.pipeline))
         chain.checkpoint_blocks = self._activation_checkpointing
-        self._warn_of_batch_norm(chain)
-        placement = self._settings.placement(self.groups.layout.pipeline, len(chain))
-        cuts = cut_chain(chain, placement)
+        warn_of_batch_norm(chain, self._settings.num_microbatches)
+        layout = self.groups.layout
+        if self._auto is None:
+            placement = self._settings.placement(layout.pipeline, len(chain))
+            cuts = cut_chain(chain, placement)
+        else:
+            count = self._settings.expected_count(layout.pipeline)
+            placement, cuts = self._auto.cut(chain, layout.pipeline, layout.data, count)
         compare_ranks(
             {
                 "module": f"{type(module).__module__}.{type(module).__qualname__}",
@@ -267,14 +278,6 @@ class ZeroPPStrategy(RankedStrategy):
         )
         object.__setattr__(module, "_zeropp_pipeline", self._pipeline)
         _say(describe_cut(self._pipeline))
-
-    def _warn_of_batch_norm(self, chain: Chain) -> None:
-        names = [name for name, part in chain.root.named_modules() if isinstance(part, _BATCH_NORMS)]
-        if names and self._settings.num_microbatches != 1:
-            rank_zero_warn(
-                f"{', '.join(names)}: BatchNorm takes its statistics from a micro-batch, not from the whole batch; "
-                "use GroupNorm or LayerNorm, or num_microbatches=1"
-            )
 
     def _adopt(self, pipeline: Pipeline) -> None:
         """Take over a model that another Trainer of this process has cut."""
@@ -392,7 +395,9 @@ class ZeroPPStrategy(RankedStrategy):
             for owned in self.pipeline.parameters().values():
                 owned.grad = None
         step = loop.epoch_loop.total_batch_idx
-        output = self._steps.train(self._schedule_for(args[0]), args, kwargs, step=step, scale=1 / accumulated)
+        schedule = self._schedule_for(args[0])
+        with nullcontext() if self._auto is None else self._auto.learning(step, self.pipeline, self._schedules.clear):
+            output = self._steps.train(schedule, args, kwargs, step=step, scale=1 / accumulated)
         self._stash = [(parameter, parameter.grad) for parameter in self.pipeline.parameters().values()]
         for parameter, _ in self._stash:
             parameter.grad = None
@@ -405,8 +410,13 @@ class ZeroPPStrategy(RankedStrategy):
         self._settings.check_rows(rows)
         count = min(self._first_count, rows)
         if count not in self._schedules:
-            self._schedules[count] = self._settings.build(self.pipeline.placement, count)
-            _say(describe_schedule(self._schedules[count], rows, self.pipeline, offloaded=self._cpu_offload))
+            placement, planned = self.pipeline.placement, ""
+            if self._auto is None:
+                self._schedules[count] = self._settings.build(placement, count)
+            else:
+                self._schedules[count], planned = self._auto.build(placement, self.groups.layout.data, count)
+            offloaded = self._cpu_offload
+            _say(describe_schedule(self._schedules[count], rows, self.pipeline, offloaded=offloaded, planned=planned))
         return self._schedules[count]
 
     @override

@@ -481,3 +481,38 @@ def test_orders_are_torchs(name: str) -> None:
         assert without_weights(ours) == without_weights(theirs), (ranks, per_rank, micro_batches)
         compared += 1
     assert compared > 80
+
+
+# Costs of each stage
+
+
+def test_equal_stages_are_listed_alike_however_their_costs_are_given() -> None:
+    placement, costs = Placement(3, 2, vshape=True), ListCosts(1.0, 1.4, 0.8, 0.1)
+    one, each = (list_schedule(placement, 5, 2, held=(5.0,) * 3, costs=given) for given in (costs, [costs] * 6))
+    assert one == each
+    schedule = build_schedule("zbv", ranks=3, stages_per_rank=2, micro_batches=5)
+    assert add_transfers(schedule, costs) == add_transfers(schedule, [costs] * 6)
+
+
+def test_a_stage_that_takes_longer_or_holds_more_is_seen() -> None:
+    placement = Placement(2, 1)
+    # A dear last stage: rank 0 runs ahead by what its memory holds, in the costs' unit.
+    costs = [ListCosts(1.0, 1.0, 1.0, 0.0, 10.0, 5.0), ListCosts(4.0, 4.0, 4.0, 0.0, 1.0, 1.0)]
+    ahead = list_schedule(placement, 6, 6, held=(40.0, 100.0), costs=costs)[0]
+    assert list(itertools.takewhile(lambda task: task.kind is Kind.FORWARD, ahead)) == ahead[:4]
+    # A slow stage 2 of rank 1 sends so late that rank 0 has run W3.0 before it posts the receive.
+    schedule = build_schedule("zbv", ranks=2, stages_per_rank=2, micro_batches=3)
+    costs = [ListCosts(), ListCosts(), ListCosts(forward=5.0), ListCosts()]
+    assert "SB3.0 RF3.1 W3.0" in str(add_transfers(schedule, ListCosts()))
+    assert "SB3.0 W3.0 RF3.1" in str(add_transfers(schedule, costs))
+
+
+def test_patience_pays_where_little_may_be_held() -> None:
+    placement, costs = Placement(4, 1), ListCosts(1.0, 1.4, 0.85, 0.2)
+
+    def seconds(patience: float) -> float:
+        order = list_schedule(placement, 8, 8, held=(3.0,) * 4, costs=costs, patience=patience)
+        schedule = Schedule("listed", placement, 8, 8, 1, tuple(map(tuple, order)))
+        return makespan(schedule, (1.0, 1.4, 0.85), transfer=0.2)
+
+    assert seconds(1.0) < 0.95 * seconds(0.0)

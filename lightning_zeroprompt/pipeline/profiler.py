@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Costs of a model's blocks: measured on a device, or estimated without one.
+
+A step is run once up to the blocks, as the pipeline does (see ``chain``); then every block is run by itself on what the
+one before returned: F with its Linears deferred, B, W, an ordinary backward pass, and an optimizer step that changes
+nothing. Blocks that look alike (class, shapes of parameters and inputs) are measured once. Behind the last one the step
+is run again with its output, for the time of what lies behind.
+
+* :class:`DeviceMeter` times: on a GPU by events, and by the host's clock how long launching took; medians of a few
+  repeats. Memory on a GPU is the allocator's, elsewhere the sum over distinct saved storages.
+* :class:`FlopMeter` counts operations with ``torch.utils.flop_counter``, on the meta device too, and divides by a rate:
+  a model that does not fit, on a machine that one does not have.
+
+Alternatives: timing whole stages needs a cut, and each cut its own measurement; the sum over blocks was within the
+noise of a stage's time there. PyTorch's profiler sees kernels, not what a host needs to launch them.
+
+Cost: some 30 runs a distinct block; a 2.7B GPT has four distinct blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_zeroprompt.pipeline.chain import Calls, Chain
+from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
+from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy, storage_key
+from lightning_zeroprompt.pipeline.weight_grad import WeightGradStore, defer_linears, restore_linears
+
+__all__ = ["DeviceMeter", "FlopMeter", "machine_name", "measure_link", "model_fingerprint", "profile_chain"]
+
+_ADAM_BYTES = 8
+"""Bytes of Adam's two moments a parameter, in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """What one part of a block's run took."""
+
+    seconds: float
+    host: float
+    workspace: int = 0
+
+
+class Meter(Protocol):
+    """Runs the phases of a block, and says what each took."""
+
+    device: torch.device
+
+    def context(self) -> AbstractContextManager[Any]:
+        """What forward passes run in."""
+
+    def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[_Phase]:
+        """Run phases one after another.
+
+        Args:
+            phases: Each relies on the ones before it.
+            moved: Bytes that a pass over the block reads or writes besides its operations' factors.
+        """
+
+
+class DeviceMeter:
+    """Measures on a device.
+
+    Args:
+        device: Where the blocks are.
+        repeats: How often; the median counts.
+        warmup: Runs before that.
+    """
+
+    def __init__(self, device: torch.device, repeats: int = 5, warmup: int = 2) -> None:
+        self.device = device
+        self._repeats, self._warmup, self._cuda = repeats, warmup, device.type == "cuda"
+
+    def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[_Phase]:
+        """See :class:`Meter`."""
+        seconds: list[list[float]] = [[] for _ in phases]
+        hosts: list[list[float]] = [[] for _ in phases]
+        most = [0] * len(phases)
+        for run in range(self._warmup + self._repeats):
+            for index, phase in enumerate(phases):
+                device, host, memory = self._once(phase)
+                if run >= self._warmup:
+                    seconds[index].append(device)
+                    hosts[index].append(host)
+                    most[index] = max(most[index], memory)
+        return [
+            _Phase(statistics.median(own), statistics.median(host) if self._cuda else 0.0, memory)
+            for own, host, memory in zip(seconds, hosts, most, strict=True)
+        ]
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Nothing special."""
+        return nullcontext()
+
+    def _once(self, phase: Callable[[], Any]) -> tuple[float, float, int]:
+        if not self._cuda:
+            begin = time.perf_counter()
+            phase()
+            return time.perf_counter() - begin, 0.0, 0
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        held = torch.cuda.memory_allocated(self.device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        # The device is kept busy while the host launches, so that its time has no gaps in it.
+        keep_busy()
+        first.record()
+        begin = time.perf_counter()
+        phase()
+        host = time.perf_counter() - begin
+        last.record()
+        torch.cuda.synchronize(self.device)
+        after = max(held, torch.cuda.memory_allocated(self.device))
+        return first.elapsed_time(last) / 1e3, host, max(0, torch.cuda.max_memory_allocated(self.device) - after)
+
+
+class FlopMeter:
+    """Estimates from counted operations.
+
+    Args:
+        flops: Operations a second that matrix products reach.
+        bandwidth: Bytes a second to and from the device's memory.
+        host: Seconds in which the host launches one phase of one block.
+        device: Where the blocks are; the meta device runs nothing.
+    """
+
+    def __init__(self, flops: float, bandwidth: float, host: float = 0.0, device: torch.device | str = "meta") -> None:
+        if flops <= 0 or bandwidth <= 0 or host < 0:
+            raise ValueError(f"flops={flops}, bandwidth={bandwidth} have to be above 0, host={host} at least 0")
+        self._flops, self._bandwidth, self._host, self.device = flops, bandwidth, host, torch.device(device)
+
+    def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[_Phase]:
+        """See :class:`Meter`."""
+        found = []
+        for phase in phases:
+            with FlopCounterMode(display=False) as counter:
+                phase()
+            found.append(_Phase(counter.get_total_flops() / self._flops + moved / self._bandwidth, self._host))
+        return found
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Attention as GPUs do it, without the matrix of all scores that it would make on the meta device."""
+        return _FusedAttention() if self.device.type == "meta" else nullcontext()
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        run = fused_attention if func is F.scaled_dot_product_attention else func
+        return run(*args, **(kwargs or {}))
+
+
+def profile_chain(
+    chain: Chain,
+    step: Callable[[], Any],
+    meter: Meter,
+    *,
+    message: Link,
+    gather: Link | None = None,
+    reduce: Link | None = None,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    host_action: float = 0.0,
+    reduce_dtype: torch.dtype | None = None,
+) -> Costs:
+    """Measure or estimate what a model's blocks cost.
+
+    Args:
+        chain: Its blocks, whole and on the meter's device.
+        step: Runs user code on one micro-batch, as ``Chain.capture`` and ``replay`` call it; it returns a loss, or a
+            mapping with one.
+        meter: Measures, or estimates.
+        message: Between neighbouring ranks; see :func:`measure_link`.
+        gather: Of gathers of weights; None is ``message``.
+        reduce: Of reductions of gradients; None is ``gather``.
+        context: What forward passes run in, such as autocast.
+        host_action: See ``Costs``.
+        reduce_dtype: Type of unreduced gradients; None is the parameters'.
+
+    Raises:
+        ValueError: If a block's costs come out as nothing.
+    """
+    defer_linears(chain.root)
+    try:
+        profile = _Profile(chain, meter, context, reduce_dtype)
+        with torch.enable_grad(), meter.context():
+            calls, before = profile.before(step)
+            stream: Any = calls.args
+            blocks = []
+            for index in range(len(chain)):
+                costs, stream = profile.block(index, stream, calls)
+                blocks.append(costs)
+            behind = profile.behind(step, stream)
+    finally:
+        restore_linears(chain.root)
+    gather = message if gather is None else gather
+    return Costs(
+        blocks=tuple(blocks),
+        message=message,
+        gather=gather,
+        reduce=gather if reduce is None else reduce,
+        before=before,
+        behind=behind,
+        host_action=host_action,
+        model=model_fingerprint(chain),
+        machine=machine_name(meter.device) if isinstance(meter, DeviceMeter) else "",
+    )
+
+
+class _Profile:
+    def __init__(
+        self,
+        chain: Chain,
+        meter: Meter,
+        context: Callable[[], AbstractContextManager[Any]],
+        reduce_dtype: torch.dtype | None,
+    ) -> None:
+        self._chain, self._meter, self._context, self._reduce_dtype = chain, meter, context, reduce_dtype
+        self._known: dict[str, BlockCosts] = {}
+        self._outside_before, self._outside_behind, _ = chain.outside()
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    def before(self, step: Callable[[], Any]) -> tuple[Calls, BlockCosts]:
+        """User code up to the blocks."""
+        store, made = WeightGradStore(), list[Calls]()
+
+        def forward() -> None:
+            made[:] = [self._chain.capture(step)]
+
+        def backward() -> None:
+            heads = [leaf for leaf in tree_leaves(made[0].args) if _carries(leaf)]
+            with store.record():
+                if heads:
+                    torch.autograd.backward(heads, [torch.ones_like(head) for head in heads])
+
+        phases = self._meter.measure([forward, backward], 0)
+        forward()
+        costs = self._costs(self._outside_before, phases, BlockCosts())
+        calls = made[0]
+        calls.args = tree_map_only(Tensor, _input, calls.args)
+        self._forget_gradients()
+        return calls, costs
+
+    def block(self, index: int, stream: Any, calls: Calls) -> tuple[BlockCosts, Any]:
+        """One block, and what it returns."""
+        inputs = stream if isinstance(stream, tuple) else (stream,)
+        with torch.no_grad(), self._context():
+            output = self._chain.run(index, index + 1, inputs, calls)
+        key = self._key(index, stream, calls, output)
+        if key not in self._known:
+            self._known[key] = self._measure_block(index, inputs, calls)
+        return self._known[key], tree_map_only(Tensor, _input, output)
+
+    def behind(self, step: Callable[[], Any], stream: Any) -> BlockCosts:
+        """User code behind the blocks, the loss included."""
+        losses: list[Tensor] = []
+        output = stream[0] if isinstance(stream, tuple) and len(stream) == 1 else stream
+
+        def forward() -> None:
+            result = self._chain.replay(step, output)
+            losses[:] = [result["loss"] if isinstance(result, dict) else result]
+
+        def backward() -> None:
+            if losses[0].requires_grad:
+                losses[0].backward()  # type: ignore[no-untyped-call]
+
+        phases = self._meter.measure([forward, backward], 0)
+        sizes = BlockCosts(activations=self._activations(forward))
+        self._forget_gradients()
+        return self._costs(self._outside_behind, phases, sizes)
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    def _measure_block(self, index: int, inputs: tuple[Any, ...], calls: Calls) -> BlockCosts:
+        store, outputs = WeightGradStore(), list[Any]()
+        weight: list[Callable[[], None]] = []
+
+        def forward() -> None:
+            with self._context(), store.record():
+                outputs[:] = [self._chain.run(index, index + 1, inputs, calls)]
+
+        def ordinary_forward() -> None:
+            with self._context():
+                outputs[:] = [self._chain.run(index, index + 1, inputs, calls)]
+
+        def propagate() -> None:
+            heads = [leaf for leaf in tree_leaves(outputs[0]) if _carries(leaf)]
+            with store.record():
+                if heads:
+                    torch.autograd.backward(heads, [torch.ones_like(head) for head in heads])
+
+        def backward() -> None:
+            propagate()
+            weight[:] = [store.take()]
+
+        parameters = [p for p in self._chain.blocks[index].parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.0) if parameters else None
+
+        forward()
+        moved = _bytes((inputs, outputs[0]))
+        split = self._meter.measure([forward, backward, lambda: weight[0]()], moved)
+        whole = self._meter.measure([ordinary_forward, backward], moved)[1]
+        steps = self._meter.measure([optimizer.step], _bytes(parameters) * 4)[0] if optimizer else _Phase(0.0, 0.0)
+        del optimizer
+        held = self._activations(forward)
+        propagate()
+        waiting = _distinct(store.held())
+        store.take()
+        sizes = BlockCosts(
+            full_backward=whole.seconds,
+            optimizer=steps.seconds,
+            activations=held,
+            weight_inputs=waiting,
+            output=_bytes(outputs[0]),
+        )
+        self._forget_gradients()
+        return self._costs([self._chain.blocks[index]], split, sizes)
+
+    def _activations(self, forward: Callable[[], None]) -> int:
+        """Bytes of distinct storages that autograd keeps from F to B, weights left out."""
+        weights = {storage_key(parameter) for parameter in self._chain.root.parameters()}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            key = storage_key(tensor)
+            if key not in weights:
+                saved[key] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            forward()
+        return sum(saved.values())
+
+    def _costs(self, modules: Iterable[nn.Module], phases: Sequence[_Phase], sizes: BlockCosts) -> BlockCosts:
+        parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+        trained = [p for p in parameters if p.requires_grad]
+        weights = sum(p.numel() * p.element_size() for p in parameters)
+        width = None if self._reduce_dtype is None else self._reduce_dtype.itemsize
+        gradients = sum(p.numel() * (p.element_size() if width is None else width) for p in trained)
+        state = weights + sum(p.numel() * (p.element_size() + _ADAM_BYTES) for p in trained)
+        names = ("forward", "backward", "weight")
+        times: dict[str, Any] = {}
+        for name, phase in zip(names, phases, strict=False):
+            times |= {name: phase.seconds, f"host_{name}": phase.host}
+        return replace(
+            sizes,
+            **times,
+            parameters=weights,
+            gradients=gradients,
+            state=state,
+            workspace=max(phase.workspace for phase in phases),
+        )
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._chain.root.parameters():
+            parameter.grad = None
+
+    def _key(self, index: int, stream: Any, calls: Calls, output: Any) -> str:
+        block = self._chain.blocks[index]
+        tensors = [*block.named_parameters(), *block.named_buffers()]
+        more = calls.extra[index] if self._chain.target is None else (calls.args, calls.kwargs)
+        return repr(
+            (
+                str(block),
+                [_plain(part) for part in block.modules()],
+                [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors],
+                [
+                    (tuple(t.shape), t.dtype, t.requires_grad)
+                    for t in tree_leaves((stream, more))
+                    if isinstance(t, Tensor)
+                ],
+            )
+        )
+
+
+def _plain(module: nn.Module) -> list[tuple[str, Any]]:
+    """A module's settings; not its number, which layers of Hugging Face models have."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
+        and not any(word in name for word in ("idx", "index", "layer_id"))
+    ]
+
+
+def _carries(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _input(tensor: Tensor) -> Tensor:
+    """A leaf that a stage is given."""
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.detach().requires_grad_() if floating else tensor.detach()
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _distinct(tensors: Iterable[Tensor]) -> int:
+    return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+# -- names and links ------------------------------------------------------------------------------------------------
+
+
+def model_fingerprint(chain: Chain) -> str:
+    """A hash of a model's class, the number of its blocks, and its parameters' names and shapes."""
+    parameters = [[name, list(p.shape)] for name, p in chain.root.named_parameters()]
+    text = json.dumps([type(chain.root).__qualname__, len(chain), parameters])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def machine_name(device: torch.device) -> str:
+    """The device and torch's version."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def measure_link(
+    transfer: Callable[[Tensor], Any], device: torch.device, sizes: tuple[int, int] = (2**16, 2**24), repeats: int = 5
+) -> Link:
+    """Latency and bandwidth from two sizes; all ranks of the transfer call this together.
+
+    Args:
+        transfer: Moves a tensor of bytes and waits for it, on this rank.
+        device: Where tensors are.
+        sizes: Bytes of the two transfers.
+        repeats: How often; medians count.
+    """
+    found = []
+    for size in sizes:
+        tensor = torch.zeros(size, dtype=torch.uint8, device=device)
+        times = []
+        for run in range(repeats + 1):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if dist.is_initialized():
+                dist.barrier()
+            begin = time.perf_counter()
+            transfer(tensor)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if run:
+                times.append(time.perf_counter() - begin)
+        found.append(statistics.median(times))
+    small, large = found
+    bandwidth = (sizes[1] - sizes[0]) / max(large - small, 1e-9)
+    return Link(latency=max(0.0, small - sizes[0] / bandwidth), bandwidth=bandwidth)

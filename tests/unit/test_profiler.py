@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Costs of blocks against what can be counted by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_zeroprompt.models import Text2TextModule
+from lightning_zeroprompt.pipeline.costs import Link
+from lightning_zeroprompt.pipeline.find_chain import find_chain
+from lightning_zeroprompt.pipeline.profiler import DeviceMeter, FlopMeter, profile_chain
+from lightning_zeroprompt.pipeline.weight_grad import DeferredLinear
+
+WIDTH, ROWS, CLASSES = 16, 6, 10
+LINK = Link(1e-5, 1e10)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, width=WIDTH, blocks=3):
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES, width)
+        self.blocks = nn.Sequential(*(Mlp(width) for _ in range(blocks)))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, tokens):
+        return self.head(self.blocks(self.embedding(tokens)))
+
+
+def profiled(model, meter, rows=ROWS):
+    tokens = torch.arange(rows) % CLASSES
+    if meter.device.type == "meta":
+        tokens = tokens.to("meta")
+    return profile_chain(find_chain(model), lambda: F.cross_entropy(model(tokens), tokens), meter, message=LINK)
+
+
+def test_operations_are_counted_exactly():
+    with torch.device("meta"):
+        model = Model()
+    costs = profiled(model, FlopMeter(flops=1.0, bandwidth=1e30))
+    per_pass = 2 * ROWS * 8 * WIDTH**2
+    for block in costs.blocks:
+        assert [block.forward, block.backward, block.weight] == pytest.approx([per_pass] * 3)
+        assert block.full_backward == pytest.approx(2 * per_pass)
+    head = 2 * ROWS * WIDTH * CLASSES
+    assert costs.behind.forward == pytest.approx(head)
+    assert costs.behind.backward + costs.behind.weight == pytest.approx(2 * head)
+    assert costs.before.forward == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sizes_are_those_of_the_tensors(device):
+    with torch.device(device):
+        model = Model()
+    meter = DeviceMeter(torch.device("cpu"), repeats=1, warmup=0) if device == "cpu" else FlopMeter(1e9, 1e9)
+    costs = profiled(model, meter)
+    x, hidden, weights = 4 * ROWS * WIDTH, 4 * ROWS * 4 * WIDTH, 4 * 8 * WIDTH**2
+    for block in costs.blocks:
+        # Inputs of the two Linears, and the output of the ReLU, which is one of them.
+        assert block.activations == x + hidden
+        # These, and the gradients of their outputs.
+        assert block.weight_inputs == 2 * (x + hidden)
+        assert block.output == x
+        assert (block.parameters, block.gradients, block.state) == (weights, weights, 4 * weights)
+    assert costs.before.parameters == 4 * CLASSES * WIDTH
+    assert costs.behind.parameters == 4 * (CLASSES * WIDTH + CLASSES)
+
+
+def test_nothing_is_left_behind():
+    model = Model()
+    before = copy.deepcopy(model.state_dict())
+    small, large = (profiled(model, DeviceMeter(torch.device("cpu"), repeats=2), rows) for rows in (8, 16))
+    assert small.model == large.model != profiled(Model(blocks=4), DeviceMeter(torch.device("cpu"), 1)).model
+    assert small.machine == large.machine != ""
+    # Equal blocks are measured once.
+    assert len(set(large.blocks)) == 1
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(isinstance(part, DeferredLinear) for part in model.modules())
+
+
+def test_our_t5_with_its_tuples():
+    module = Text2TextModule(vocab_size=50, size="nano", optimizer={"warmup_steps": 0})
+    module.configure_model()
+    batch = {
+        "input_ids": torch.randint(2, 50, (2, 12)),
+        "input_segments": torch.ones(2, 12, dtype=torch.int32),
+        "decoder_input_ids": torch.randint(2, 50, (2, 5)),
+        "decoder_segments": torch.ones(2, 5, dtype=torch.int32),
+    }
+    chain = find_chain(module)
+    costs = profile_chain(
+        chain, lambda: module(batch).square().mean(), DeviceMeter(torch.device("cpu"), repeats=1), message=LINK
+    )
+    assert len(costs.blocks) == len(chain)
+    assert len(set(costs.blocks)) < len(chain)
+    # The decoder's stream carries the encoder's output too.
+    assert costs.blocks[-2].output > costs.blocks[1].output
