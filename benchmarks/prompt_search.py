@@ -1,266 +1,373 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Search quality at an equal budget of scorings, on held-out tasks of a trained model, and what the bookkeeping costs.
+"""Prompt search: how much better are the prompts, at one budget of (prompt, example) scorings, than the manual ones?
 
-    python benchmarks/prompt_search.py --checkpoint runs/train/DATE/checkpoints/final.ckpt --tasks 20
+Our genetic search, random search over its operators, GPS's procedure and, with ``--peers gepa``, a library, all driven
+by one model (``prompt_search_peers.py`` says how). A task has 64 labelled rows, 32 to search on and 32 to confirm on,
+and a test part that decides nothing. Gains are in points of test accuracy (free answers: exact match or ROUGE-L, whose
+generated texts no budget counts) over the manual prompt that is best on the search part by outcome, then fitness; by
+two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA choose; ``confirmed``, the exact test of
+:mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual
+prompt. Intervals are bootstrapped over tasks.
 
-Four ways to spend the same number of scorings (prompt, example) of the search part, from the same first prompts, with
-the same model and parts of the rows:
+``--setting builtin``: held-out built-in tasks in wordings that no training draws. ``t0``: T0's evaluation sets with
+promptsource templates; ``heldout``: other held-out tasks (both with ``--data``, a folder of ``heldout.parquet``,
+``tasks.jsonl``, ``t0/`` and ``templates_t0/``). The last line is one JSON object.
 
-* ``search``: this package's search.
-* ``random``: the same operators on parents drawn by chance from all prompts so far; every prompt sees the whole part.
-* ``gps``: the procedure of GPS's release: the best K by *accuracy* are the parents, their children replace them, the
-  best of all generations is taken. Its operator is the only rewriting that the model itself can do, span infilling.
-* ``first``: the best of the first prompts; no search.
+    zeroprompt-train experiment=demo hydra.run.dir=RUN
+    python benchmarks/prompt_search.py --setting builtin --checkpoint RUN/checkpoints/final.ckpt --peers gepa
+    python benchmarks/prompt_search.py --setting builtin --checkpoint RUN/checkpoints/final.ckpt --overhead
 
-Each way's choice is the prompt that is best on the search part by its own measure, compared on the test part with the
-manual prompt that is best on the search part (by outcome, then fitness): ``raw``. ``confirmed`` is that choice where
-the confirm part confirms it, else the manual prompt. Tasks are counted whose best manual prompt beats chance on the
-test part with 95 % confidence. All ways run in this process. One JSON object is printed last.
+The library is no dependency: ``pip install --no-deps --target FOLDER gepa`` and ``PYTHONPATH=FOLDER``.
 """
 
 import argparse
+import contextlib
+import functools
+import itertools
 import json
 import platform
-import random
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from prompt_search_peers import METHODS, Arena, Ranking, ranked_with_manual
+from prompt_search_tasks import Found, builtin_pools, real_pools, t0_pools
 
-from lightning_zeroprompt.cli.config import config_dir
 from lightning_zeroprompt.cli.prompts import Loaded
-from lightning_zeroprompt.data.permutation import permute, stream_key
 from lightning_zeroprompt.prompts.confirm import Evidence, confirm
-from lightning_zeroprompt.prompts.encoding import EncodingSettings
 from lightning_zeroprompt.prompts.fitness import PromptScorer
-from lightning_zeroprompt.prompts.forward import Forward, T5Forward
+from lightning_zeroprompt.prompts.forward import T5Forward
+from lightning_zeroprompt.prompts.generators import SpanInfiller
 from lightning_zeroprompt.prompts.genome import PromptGenome
-from lightning_zeroprompt.prompts.operators import Couple, OperatorSet
-from lightning_zeroprompt.prompts.pool import PoolError
-from lightning_zeroprompt.prompts.problem import SearchProblem, build_problem, corpus_donors, corpus_pool, heldout_tasks
-from lightning_zeroprompt.prompts.rounds import build_operators, run_round
+from lightning_zeroprompt.prompts.problem import build_problem, corpus_donors
+from lightning_zeroprompt.prompts.rounds import build_operators
 from lightning_zeroprompt.prompts.search import PromptSearch
 from lightning_zeroprompt.prompts.settings import SearchSettings
 from lightning_zeroprompt.prompts.significance import beats_chance, bootstrap_interval
 
-PARENTS = 8
+OWN_RULE = {
+    "genetic": "confirmed",
+    "random": "confirmed",
+    "random+race": "confirmed",
+    "gps": "top",
+    "gps+operators": "top",
+    "gepa": "top",
+}
+"""How each method chooses by itself."""
+CONFIRMATIONS: dict[str, tuple[int, Literal["fitness", "outcome"]]] = {
+    "confirmed": (3, "fitness"),
+    "confirmed_alone": (1, "fitness"),
+    "confirmed_by_outcome": (3, "outcome"),
+    "confirmed_alone_by_outcome": (1, "outcome"),
+}
+"""Finalists, and what the test compares. The first is the search's own; the others say what it costs and saves."""
+RULES = ("top", *CONFIRMATIONS)
+LIBRARIES = ("gepa",)
+FEWEST = 8
+"""Tasks with a manual prompt above chance that a conclusion needs."""
 
 
-def first_prompts(scorer: PromptScorer, problem: SearchProblem, budget: int) -> dict[PromptGenome, Any]:
-    """Prompts of the first population with their scores, as many as the budget pays for; the manual ones come first."""
-    per_prompt = len(problem.search)
-    chosen = [candidate.genome for candidate in problem.start][: max(budget // per_prompt, problem.num_manual)]
-    scores = scorer.score(chosen)
-    return {genome: row for genome, row in zip(chosen, scores.fitness, strict=True) if np.isfinite(row).all()}
+class Judge:
+    """The manual prompt of a task, and what other prompts are worth beside it.
+
+    Args:
+        arena: The task.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        problem = arena.problem
+        self._own = {genome.fingerprint for genome in arena.manual}
+        self._confirm, self._test = (
+            PromptScorer(pool, arena.forward, arena.encoding, max_tokens=arena.max_tokens)
+            for pool in (problem.confirm, problem.test)
+        )
+        self.manual = ranked_with_manual(arena.scorer(), arena.manual, arena)[0]
+        pool = problem.test
+        self.chance = 0.0
+        if pool.kind == "choice":
+            right = np.add.reduceat(pool.right.astype(np.float64), pool.option_offsets[:-1])
+            self.chance = float((right / pool.num_options).mean())
+        outcome = self._test.score([self.manual], outcomes=True).outcome[0]
+        self.manual_test, self.manual_confirm = float(outcome.mean()), self._outcome(self._confirm, self.manual)
+        self.beats_chance = beats_chance(int(outcome.sum()), len(outcome), self.chance)
+
+    @staticmethod
+    def _outcome(scorer: PromptScorer, genome: PromptGenome) -> float:
+        return float(scorer.score([genome], outcomes=True).outcome.mean())
+
+    def judge(self, ranking: Ranking) -> dict[str, Any]:
+        """Test and confirm accuracy of a method's first prompt, and of what the confirmation leaves."""
+        top = ranking.prompts[0]
+        finalists = [genome for genome in ranking.prompts if genome.fingerprint not in self._own][:3]
+        scores = self._confirm.score([self.manual, *finalists], outcomes=True)
+        usable = [at for at in range(len(finalists)) if np.isfinite(scores.fitness[at + 1]).all()]
+        manual, *others = (Evidence(fitness=f, outcome=o) for f, o in zip(scores.fitness, scores.outcome, strict=True))
+        record: dict[str, Any] = {"spent": ranking.spent, "tried": ranking.tried}
+        chosen = {"top": top}
+        for rule, (count, decided_by) in CONFIRMATIONS.items():
+            found = confirm(manual, [others[at] for at in usable[:count]], decided_by=decided_by)
+            chosen[rule] = self.manual if found.chosen is None else finalists[usable[found.chosen]]
+            if rule == "confirmed":
+                record["kept"] = found.chosen is not None
+                record["p"] = min((comparison.adjusted_p for comparison in found.comparisons), default=None)
+        for rule, genome in chosen.items():
+            record[rule] = {
+                "text": genome.text,
+                "gain": 100 * (self._outcome(self._test, genome) - self.manual_test),
+                "confirm_gain": 100 * (self._outcome(self._confirm, genome) - self.manual_confirm),
+            }
+        return record
 
 
-def breed(
-    operators: OperatorSet,
-    problem: SearchProblem,
-    parents: list[PromptGenome],
-    count: int,
-    rng: random.Random,
-    known: set[str],
-) -> list[PromptGenome]:
-    couples = [Couple(tuple(rng.choices(parents, k=2)), problem.material) for _ in range(count)]
-    made = [child.genome for child in operators.breed(couples, rng) if child is not None]
-    return [genome for genome in dict.fromkeys(made) if genome.fingerprint not in known]
+def pools(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, Found]]:
+    """Groups and tasks of a setting."""
+    tokenizer = loaded.corpus.tokenizer
+    if args.setting == "builtin":
+        seed = loaded.run.seed
+        for found in builtin_pools(
+            tokenizer, count=args.tasks, kind=args.kind, rows=args.rows, seed=0, corpus_seed=seed
+        ):
+            yield "built-in", found
+        return
+    limits = {"rows": args.rows, "encoder_length": loaded.run.data.encoder_length}
+    if args.setting == "t0":
+        for found in t0_pools(args.data, tokenizer, **limits):
+            yield "T0", found
+    else:
+        for found in real_pools(args.data, tokenizer, count=args.tasks, seed=0, **limits):
+            yield "held-out", found
 
 
-def random_search(
-    scorer: PromptScorer, problem: SearchProblem, operators: OperatorSet, budget: int, seed: int
-) -> PromptGenome:
-    """The prompt with the best mean fitness among those that chance has made."""
-    rng, found = random.Random(seed), first_prompts(scorer, problem, budget)
-    known = {genome.fingerprint for genome in found}
-    idle = 0
-    while (room := (budget - scorer.counts.scored) // len(problem.search)) > 0 and idle < 5:
-        fresh = breed(operators, problem, list(found), min(room, 32), rng, known)
-        idle = 0 if fresh else idle + 1
-        known |= {genome.fingerprint for genome in fresh}
-        for genome, row in zip(fresh, scorer.score(fresh).fitness if fresh else (), strict=True):
-            if np.isfinite(row).all():
-                found[genome] = row
-    return max(found, key=lambda genome: found[genome].mean())
+def arenas(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, int, Arena]]:
+    """Every task under every seed."""
+    model, tokenizer = loaded.module.model, loaded.corpus.tokenizer
+    operators = build_operators(None, lambda: model, tokenizer, denoises=loaded.run.mixture.denoising > 0)
+    donors = corpus_donors(loaded.data.corpus, loaded.data.task_indices)
+    for (group, (pool, test_rows)), seed in itertools.product(list(pools(args, loaded)), range(args.seeds)):
+        problem = build_problem(pool, donors, population=args.population, k=64, seed=seed, test_rows=test_rows)
+        yield (
+            group,
+            seed,
+            Arena(
+                problem=problem,
+                forward=T5Forward(model),
+                encoding=loaded.encoding(),
+                operators=operators,
+                infiller=SpanInfiller(model, tokenizer),
+                population=args.population,
+                budget=args.budget,
+                seed=seed,
+                max_tokens=args.max_tokens,
+            ),
+        )
 
 
-def gps(scorer: PromptScorer, problem: SearchProblem, operators: OperatorSet, budget: int, seed: int) -> PromptGenome:
-    """The prompt with the best accuracy among all generations; the first of equals, as a sort leaves them."""
-    rng = random.Random(seed)
-    outcome = lambda genomes: scorer.score(genomes, outcomes=True).outcome.mean(1)  # noqa: E731
-    current = list(first_prompts(scorer, problem, budget))
-    union = dict(zip(current, outcome(current), strict=True))
-    known = {genome.fingerprint for genome in union}
-    idle = 0
-    while (room := (budget - scorer.counts.scored) // len(problem.search)) > 0 and idle < 5:
-        parents = sorted(current, key=lambda genome: -union[genome])[:PARENTS]
-        fresh = breed(operators, problem, parents, min(room, 32), rng, known)
-        idle = 0 if fresh else idle + 1
-        if not fresh:
-            continue
-        known |= {genome.fingerprint for genome in fresh}
-        scores = outcome(fresh)
-        usable = [genome for genome, score in zip(fresh, scores, strict=True) if np.isfinite(score)]
-        union |= {genome: float(score) for genome, score in zip(fresh, scores, strict=True) if np.isfinite(score)}
-        # Parents are not carried over.
-        current = usable or parents
-    return max(union, key=lambda genome: union[genome])
-
-
-def judged(
-    problem: SearchProblem,
-    forward: Forward,
-    encoding: EncodingSettings,
-    manual: PromptGenome,
-    choices: dict[str, PromptGenome],
-) -> tuple[float, Any, dict[str, dict[str, Any]]]:
-    """Per way: test gain of the choice, and of what the confirm part makes of it."""
-    scorers = {name: PromptScorer(getattr(problem, name), forward, encoding) for name in ("confirm", "test")}
-    names = list(choices)
-    genomes = [manual, *(choices[name] for name in names)]
-    confirmed, tested = (scorers[name].score(genomes, outcomes=True) for name in ("confirm", "test"))
-    evidence = [Evidence(fitness=f, outcome=o) for f, o in zip(confirmed.fitness, confirmed.outcome, strict=True)]
-    base = float(tested.outcome[0].mean())
-    result = {}
-    for place, name in enumerate(names, start=1):
-        raw = float(tested.outcome[place].mean()) - base
-        is_manual = genomes[place].fingerprint == manual.fingerprint
-        kept = not is_manual and confirm(evidence[0], [evidence[place]]).chosen == 0
-        result[name] = {"raw": raw, "confirmed": raw if kept else 0.0, "kept": kept}
-    return base, tested.outcome[0], result
-
-
-def overhead(
-    loaded: Loaded, encoding: EncodingSettings, operators: OperatorSet, problem: SearchProblem, population: int
-) -> dict[str, float]:
-    """Share of a round that is neither scoring nor the text model's."""
-    search = PromptSearch(
-        problem,
-        T5Forward(loaded.module.model),
-        operators,
-        SearchSettings(population=population, generations=5),
-        encoding,
-    )
-    spent = {"scoring": 0.0, "text": 0.0}
-    scorer, breeding = search.scorers["search"], operators._generators
-
-    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
+def compare(args: argparse.Namespace, loaded: Loaded, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a task and seed."""
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    for group, seed, arena in arenas(args, loaded):
+        if rows and args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
+            print(f"{args.minutes} minutes are over; {arena.problem.name} and those behind it are left out", flush=True)
+            break
+        judge, problem = Judge(arena), arena.problem
+        row: dict[str, Any] = {
+            "group": group,
+            "task": problem.name,
+            "seed": seed,
+            "counted": problem.parts.counted,
+            "test_rows": len(problem.test),
+            "manual_prompts": problem.num_manual,
+            "chance": judge.chance,
+            "manual": judge.manual_test,
+            "beats_chance": judge.beats_chance,
+        }
+        for name in methods:
             since = time.perf_counter()
-            try:
-                return function(*args, **more)
-            finally:
-                spent[name] += time.perf_counter() - since
+            ranking = METHODS[name](arena)
+            seconds = time.perf_counter() - since
+            if ranking.spent > args.budget:
+                raise RuntimeError(f"{name} has spent {ranking.spent} scorings of {args.budget}")
+            row[name] = judge.judge(ranking) | {"seconds": seconds}
+        rows.append(row)
+        gains = "  ".join(
+            f"{name} {row[name]['top']['gain']:+.1f}/{row[name]['confirmed']['gain']:+.1f}" for name in methods
+        )
+        print(f"{group} {problem.name} seed {seed}: manual {row['manual']:.3f}, {gains}", flush=True)
+    return rows
 
-        return call
 
-    search._toolbox.register("evaluate", timed(scorer.score, "scoring"))
-    before = dict(breeding)
-    breeding |= {name: timed(generator, "text") for name, generator in before.items()}
-    since = time.perf_counter()
-    run_round({"task": search}, 1)
-    total = time.perf_counter() - since
-    breeding |= before
-    return {"seconds": total, **spent, "bookkeeping_share": (total - sum(spent.values())) / total}
+def by_task(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> list[float]:
+    """Means over seeds, one a task."""
+    tasks: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        tasks.setdefault(row["task"], []).append(value)
+    return [statistics.fmean(found) for found in tasks.values()]
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean and 95 % interval."""
+    low, high = bootstrap_interval(values)
+    return {"mean": statistics.fmean(values), "low": low, "high": high}
+
+
+def summary(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, Any]:
+    """Figures over tasks that count."""
+    counted = [row for row in rows if row["counted"]]
+    if not counted:
+        return {"tasks": 0}
+    result: dict[str, Any] = {"tasks": len({row["task"] for row in counted}), "searches": len(counted)}
+    for name in methods:
+        own = OWN_RULE[name]
+        entry: dict[str, Any] = {}
+        gains = {rule: [row[name][rule]["gain"] for row in counted] for rule in RULES}
+        for rule, found in gains.items():
+            entry[f"gain_{rule}"] = interval(by_task(counted, found))
+        entry["rule"], entry["gain"] = own, entry[f"gain_{own}"]
+        for part, key in (("confirm", "confirm_gain"), ("test", "gain")):
+            entry[f"below_manual_on_{part}"] = sum(row[name][own][key] < 0 for row in counted)
+            entry[f"top_below_manual_on_{part}"] = sum(row[name]["top"][key] < 0 for row in counted)
+        entry["kept"] = sum(row[name]["kept"] for row in counted)
+        for key in ("spent", "tried", "seconds"):
+            entry[f"mean_{key}"] = statistics.fmean(row[name][key] for row in counted)
+        if name != "genetic" and "genetic" in methods:
+            ahead = [row["genetic"]["confirmed"]["gain"] - row[name][own]["gain"] for row in counted]
+            entry["genetic_ahead"] = interval(by_task(counted, ahead))
+        result[name] = entry
+    return result
+
+
+@contextlib.contextmanager
+def clocked(kind: type[Any], name: str, spent: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds in a method."""
+    inner = getattr(kind, name)
+
+    @functools.wraps(inner)
+    def timed(*given: Any, **named: Any) -> Any:
+        since = time.perf_counter()
+        try:
+            return inner(*given, **named)
+        finally:
+            key = kind.__name__
+            spent[key] = spent.get(key, 0.0) + time.perf_counter() - since
+
+    with mock.patch.object(kind, name, timed):
+        yield
+
+
+def overhead(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+    """Share of a search's time that is neither scoring nor a text model's, at population 64."""
+    spent: dict[str, float] = {}
+    total, scorings = 0.0, 0
+    settings = SearchSettings(population=64, generations=6)
+    args.population = 64
+    with clocked(PromptScorer, "score", spent), clocked(SpanInfiller, "__call__", spent):
+        for _, _, arena in itertools.islice(arenas(args, loaded), args.tasks):
+            search = PromptSearch(
+                arena.problem, arena.forward, arena.operators, settings, arena.encoding, max_tokens=args.max_tokens
+            )
+            since = time.perf_counter()
+            search.begin(0)
+            while search.advance():
+                pass
+            total += time.perf_counter() - since
+            scorings += search.scorers["search"].counts.scored
+    scoring, text = spent["PromptScorer"], spent.get("SpanInfiller", 0.0)
+    return {
+        "seconds": total,
+        "scorings": scorings,
+        "scoring_share": scoring / total,
+        "text_model_share": text / total,
+        "operators_and_bookkeeping_share": (total - scoring - text) / total,
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
+    """One line a task, means over seeds."""
+    titles = ["group", "task", "test rows", "chance", "manual", *methods]
+    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * (len(titles) - 2)]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        first = mine[0]
+        cells = [
+            first["group"] + ("" if first["counted"] else " (not counted)"),
+            f"`{task}`" + (" *" if any(row["beats_chance"] for row in mine) else ""),
+            f"{first['test_rows']}",
+            f"{first['chance']:.3f}",
+            f"{statistics.fmean(row['manual'] for row in mine):.3f}",
+        ]
+        for name in methods:
+            gain = statistics.fmean(row[name][OWN_RULE[name]]["gain"] for row in mine)
+            kept = sum(row[name]["kept"] for row in mine)
+            cells.append(f"{gain:+.1f}" + (f" ({kept}/{len(mine)})" if OWN_RULE[name] == "confirmed" else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=("builtin", "t0", "heldout"), default="builtin")
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--tasks", type=int, default=20)
-    parser.add_argument("--budget", type=int, default=2000, help="scorings a task and way")
-    parser.add_argument("--population", type=int, default=32)
-    parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--wordings", choices=("train", "heldout", "all"), default="heldout")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", type=Path, help="folder of the real tasks")
+    parser.add_argument("--tasks", type=int, default=24, help="tasks to draw; T0 has its own")
+    parser.add_argument("--kind", choices=("all", "choice"), default="all", help="of the built-in tasks")
+    parser.add_argument("--rows", type=int, default=600, help="most rows a task")
+    parser.add_argument("--seeds", type=int, default=1, help="each with other parts and another search")
+    parser.add_argument("--budget", type=int, default=1500, help="scorings a search")
+    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--methods", default="genetic,random,random+race,gps,gps+operators")
+    parser.add_argument("--peers", default="", help=f"libraries to add: {', '.join(LIBRARIES)}")
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--overhead", action="store_true", help="time the search at population 64 instead")
+    parser.add_argument("--minutes", type=float, help="begin no further task after so long")
+    parser.add_argument("--table", type=Path, help="write the table of tasks, Markdown")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        overrides = [f"checkpoint={args.checkpoint}", "task=none", "paths.output_dir=.", f"device={args.device}"]
-        config = compose("search", overrides)
-    loaded = Loaded(config)
-    data, corpus = loaded.data, loaded.corpus
-    forward, encoding = T5Forward(loaded.module.model), loaded.encoding()
-    trained = [data.corpus.tasks[index] for index in data.task_indices]
-    categories = {task.category for task in trained}
-    heldout = [task for task in heldout_tasks(corpus, trained) if task.category in categories]
-    donors = corpus_donors(data.corpus, data.task_indices)
-    denoises = loaded.run.mixture.denoising > 0
-    operators, infilling = (
-        build_operators(weights, lambda: loaded.module.model, corpus.tokenizer, denoises=denoises)
-        for weights in (None, {"infill_span": 1.0} if denoises else {"swap_phrases": 1.0})
-    )
-    tasks, seconds = [], dict.fromkeys(("search", "random", "gps", "first"), 0.0)
-    for place in permute(len(heldout), stream_key(args.seed, "benchmark"), np.arange(len(heldout))).tolist():
-        if len(tasks) == args.tasks:
-            break
-        try:
-            pool = corpus_pool(corpus, heldout[place], args.wordings)
-            problem = build_problem(pool, donors, population=args.population, k=args.k, seed=args.seed)
-        except PoolError:
-            continue
-        choices, scorings = {}, {}
-        for way in seconds:
-            since = time.perf_counter()
-            scorer = PromptScorer(problem.search, forward, encoding)
-            if way == "search":
-                settings = SearchSettings(
-                    population=args.population, generations=1000, budget=args.budget, seed=args.seed
-                )
-                search = PromptSearch(problem, forward, operators, settings, encoding)
-                run_round({"task": search}, 1)
-                manual, scorer = search.manual.genome, search.scorers["search"]
-                choices[way] = next((one.genome for one in search.finalists()), manual)
-            elif way == "random":
-                choices[way] = random_search(scorer, problem, operators, args.budget, args.seed)
-            elif way == "gps":
-                choices[way] = gps(scorer, problem, infilling, args.budget, args.seed)
-            else:
-                found = first_prompts(scorer, problem, args.budget)
-                choices[way] = max(found, key=lambda genome: found[genome].mean())
-            seconds[way] += time.perf_counter() - since
-            scorings[way] = scorer.counts.scored
-        base, outcomes, result = judged(problem, forward, encoding, manual, choices)
-        chance = float(
-            np.mean(
-                [
-                    problem.test.right[start:end].mean() if end > start else 0.0
-                    for start, end in zip(
-                        problem.test.option_offsets[:-1], problem.test.option_offsets[1:], strict=True
-                    )
-                ]
-            )
-        )
-        above = beats_chance(int((outcomes > 0.5).sum()), len(outcomes), chance) if chance else bool(base > 0)
-        tasks.append(
-            {"task": problem.name, "kind": pool.kind, "manual": base, "chance": chance, "above_chance": above,
-             "scorings": scorings, **result}
-        )  # fmt: skip
-        print(f"{problem.name}: manual {base:.3f}, " + ", ".join(f"{w} {result[w]['raw']:+.3f}" for w in result))
-    summary = {}
-    for way in seconds:
-        for kind in ("raw", "confirmed"):
-            gains = [task[way][kind] for task in tasks]
-            low, high = bootstrap_interval(gains)
-            summary[f"{way}_{kind}"] = {"mean_gain": float(np.mean(gains)), "low": low, "high": high}
-        summary[f"{way}_kept"] = sum(task[way]["kept"] for task in tasks)
-    report = {
-        "machine": platform.processor() or platform.machine(),
+    if args.setting != "builtin" and args.data is None:
+        parser.error(f"--setting {args.setting} reads --data FOLDER")
+    methods = [name for name in f"{args.methods},{args.peers}".split(",") if name]
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        parser.error(f"unknown method {unknown[0]}; there are: {', '.join(METHODS)}")
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"checkpoint": args.checkpoint, "run": None, "corpus": None, "device": "cpu"}
+        loaded = Loaded(OmegaConf.create({**config, "paths": {"output_dir": folder}}))
+    result: dict[str, Any] = {
+        "setting": args.setting,
+        "budget": args.budget,
+        "population": args.population,
+        "seeds": args.seeds,
+        "model_parameters": sum(parameter.numel() for parameter in loaded.module.parameters()),
+        "model_steps": loaded.module.loaded_steps,
         "torch": torch.__version__,
-        "device": loaded.device,
-        "parameters": loaded.module.model.num_parameters(),
-        "settings": vars(args),
-        "tasks_above_chance": sum(task["above_chance"] for task in tasks),
-        "summary": summary,
-        "seconds": seconds,
-        "overhead_population_64": overhead(loaded, encoding, operators, problem, 64),
-        "tasks": tasks,
+        "machine": platform.processor() or platform.machine(),
     }
-    print(json.dumps(report))
+    if args.overhead:
+        print(json.dumps(result | {"overhead": overhead(args, loaded)}))
+        return
+    rows = compare(args, loaded, methods)
+    above = [row for row in rows if row["beats_chance"] and row["counted"]]
+    result["all"] = summary(rows, methods)
+    # A task counts as above chance if it is so in every seed's test part.
+    sure = {row["task"] for row in above} - {row["task"] for row in rows if not row["beats_chance"]}
+    result["above_chance"] = summary([row for row in rows if row["task"] in sure], methods)
+    count = result["above_chance"]["tasks"]
+    result["conclusion"] = (
+        f"none: {count} tasks have a manual prompt above chance (95 %), {FEWEST} are needed"
+        if count < FEWEST
+        else f"{count} tasks have a manual prompt above chance (95 %)"
+    )
+    if args.table is not None:
+        args.table.write_text(markdown(rows, methods), encoding="utf-8")
+    print(json.dumps(result | {"rows": rows}))
 
 
 if __name__ == "__main__":
