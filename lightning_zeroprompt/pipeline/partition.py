@@ -11,7 +11,7 @@ one unit. Where costs have been measured, ``measured_cuts`` takes those seconds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
 from math import comb
 from typing import TYPE_CHECKING
@@ -167,8 +167,9 @@ def _even_ranks(
     edges = [first for first, _ in cuts] + [cuts[-1][1]]
     count = edges[-1]
     if comb(count - 1, stages - 1) <= _FEW_CUTS:
-        every: Iterable[list[int]] = ([0, *between, count] for between in combinations(range(1, count), stages - 1))
-        return list(pairwise(min(every, key=lambda new: loads(new)[0])))
+        every = [[0, *between, count] for between in combinations(range(1, count), stages - 1)]
+        least: list[int] = min(every, key=lambda new: loads(new)[0])
+        return list(pairwise(least))
     value, of_ranks = loads(edges)
     inner = range(1, stages)
     while True:
