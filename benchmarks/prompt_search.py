@@ -13,9 +13,12 @@ prompt. Intervals are bootstrapped over tasks.
 promptsource templates; ``heldout``: other held-out tasks (both with ``--data``, a folder of ``heldout.parquet``,
 ``tasks.jsonl``, ``t0/`` and ``templates_t0/``). The last line is one JSON object.
 
+A task that cannot be searched is left out, with the reason in ``left_out``.
+
     zeroprompt-train experiment=demo hydra.run.dir=RUN
     python benchmarks/prompt_search.py --setting builtin --checkpoint RUN/checkpoints/final.ckpt --peers gepa
     python benchmarks/prompt_search.py --setting builtin --checkpoint RUN/checkpoints/final.ckpt --overhead
+    python benchmarks/prompt_search.py --setting t0 --data FOLDER --checkpoint RUN/checkpoints/final.ckpt --device cuda
 
 The library is no dependency: ``pip install --no-deps --target FOLDER gepa`` and ``PYTHONPATH=FOLDER``.
 """
@@ -38,7 +41,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from prompt_search_peers import METHODS, Arena, Ranking, ranked_with_manual
-from prompt_search_tasks import Found, builtin_pools, real_pools, t0_pools
+from prompt_search_tasks import Found, LeaveOut, builtin_pools, real_pools, t0_pools
 
 from lightning_zeroprompt.cli.prompts import Loaded
 from lightning_zeroprompt.prompts.confirm import Evidence, confirm
@@ -126,36 +129,33 @@ class Judge:
         return record
 
 
-def pools(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, Found]]:
+def pools(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> Iterator[tuple[str, Found]]:
     """Groups and tasks of a setting."""
     tokenizer = loaded.corpus.tokenizer
+    drawn = {"count": args.tasks, "kind": args.kind, "seed": 0}
     if args.setting == "builtin":
-        seed = loaded.run.seed
-        for found in builtin_pools(
-            tokenizer, count=args.tasks, kind=args.kind, rows=args.rows, seed=0, corpus_seed=seed
-        ):
+        for found in builtin_pools(tokenizer, rows=args.rows, corpus_seed=loaded.run.seed, **drawn):
             yield "built-in", found
         return
-    limits = {"rows": args.rows, "encoder_length": loaded.run.data.encoder_length}
+    limits: dict[str, Any] = {"rows": args.rows, "encoder_length": loaded.run.data.encoder_length}
     if args.setting == "t0":
-        for found in t0_pools(args.data, tokenizer, **limits):
+        for found in t0_pools(args.data, tokenizer, leave_out=leave_out, **limits):
             yield "T0", found
     else:
-        for found in real_pools(args.data, tokenizer, count=args.tasks, seed=0, **limits):
+        for found in real_pools(args.data, tokenizer, leave_out=leave_out, **drawn, **limits):
             yield "held-out", found
 
 
-def arenas(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, int, Arena]]:
-    """Every task under every seed."""
+def arenas(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> Iterator[tuple[str, int, Arena]]:
+    """Every task that can be searched under every seed."""
     model, tokenizer = loaded.module.model, loaded.corpus.tokenizer
     operators = build_operators(None, lambda: model, tokenizer, denoises=loaded.run.mixture.denoising > 0)
     donors = corpus_donors(loaded.data.corpus, loaded.data.task_indices)
-    for (group, (pool, test_rows)), seed in itertools.product(list(pools(args, loaded)), range(args.seeds)):
-        problem = build_problem(pool, donors, population=args.population, k=64, seed=seed, test_rows=test_rows)
-        yield (
-            group,
-            seed,
-            Arena(
+    found = list(pools(args, loaded, leave_out))
+    for (group, (pool, test_rows)), seed in itertools.product(found, range(args.seeds)):
+        try:
+            problem = build_problem(pool, donors, population=args.population, k=64, seed=seed, test_rows=test_rows)
+            arena = Arena(
                 problem=problem,
                 forward=T5Forward(model),
                 encoding=loaded.encoding(),
@@ -165,15 +165,22 @@ def arenas(args: argparse.Namespace, loaded: Loaded) -> Iterator[tuple[str, int,
                 budget=args.budget,
                 seed=seed,
                 max_tokens=args.max_tokens,
-            ),
-        )
+            )
+            # It refuses a task whose manual prompts cannot be used, or are too many for the budget.
+            PromptSearch(problem, arena.forward, operators, SearchSettings(budget=args.budget), arena.encoding)
+        except ValueError as error:
+            leave_out(pool.name, f"seed {seed}: {error}")
+            continue
+        yield group, seed, arena
 
 
-def compare(args: argparse.Namespace, loaded: Loaded, methods: Sequence[str]) -> list[dict[str, Any]]:
+def compare(
+    args: argparse.Namespace, loaded: Loaded, methods: Sequence[str], leave_out: LeaveOut
+) -> list[dict[str, Any]]:
     """One row a task and seed."""
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for group, seed, arena in arenas(args, loaded):
+    for group, seed, arena in arenas(args, loaded, leave_out):
         if rows and args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
             print(f"{args.minutes} minutes are over; {arena.problem.name} and those behind it are left out", flush=True)
             break
@@ -262,14 +269,14 @@ def clocked(kind: type[Any], name: str, spent: dict[str, float]) -> Iterator[Non
         yield
 
 
-def overhead(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+def overhead(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> dict[str, Any]:
     """Share of a search's time that is neither scoring nor a text model's, at population 64."""
     spent: dict[str, float] = {}
     total, scorings = 0.0, 0
     settings = SearchSettings(population=64, generations=6)
     args.population = 64
     with clocked(PromptScorer, "score", spent), clocked(SpanInfiller, "__call__", spent):
-        for _, _, arena in itertools.islice(arenas(args, loaded), args.tasks):
+        for _, _, arena in itertools.islice(arenas(args, loaded, leave_out), args.tasks):
             search = PromptSearch(
                 arena.problem, arena.forward, arena.operators, settings, arena.encoding, max_tokens=args.max_tokens
             )
@@ -316,8 +323,9 @@ def main() -> None:
     parser.add_argument("--setting", choices=("builtin", "t0", "heldout"), default="builtin")
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", type=Path, help="folder of the real tasks")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tasks", type=int, default=24, help="tasks to draw; T0 has its own")
-    parser.add_argument("--kind", choices=("all", "choice"), default="all", help="of the built-in tasks")
+    parser.add_argument("--kind", choices=("all", "choice"), default="all", help="of the tasks that are drawn")
     parser.add_argument("--rows", type=int, default=600, help="most rows a task")
     parser.add_argument("--seeds", type=int, default=1, help="each with other parts and another search")
     parser.add_argument("--budget", type=int, default=1500, help="scorings a search")
@@ -338,7 +346,7 @@ def main() -> None:
         parser.error(f"unknown method {unknown[0]}; there are: {', '.join(METHODS)}")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        config = {"checkpoint": args.checkpoint, "run": None, "corpus": None, "device": "cpu"}
+        config = {"checkpoint": args.checkpoint, "run": None, "corpus": None, "device": args.device}
         loaded = Loaded(OmegaConf.create({**config, "paths": {"output_dir": folder}}))
     result: dict[str, Any] = {
         "setting": args.setting,
@@ -348,12 +356,20 @@ def main() -> None:
         "model_parameters": sum(parameter.numel() for parameter in loaded.module.parameters()),
         "model_steps": loaded.module.loaded_steps,
         "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else platform.processor() or platform.machine(),
+        "left_out": [],
     }
+
+    def leave_out(task: str, reason: str) -> None:
+        print(f"left out: {task}: {reason}", flush=True)
+        result["left_out"].append({"task": task, "reason": reason})
+
     if args.overhead:
-        print(json.dumps(result | {"overhead": overhead(args, loaded)}))
+        print(json.dumps(result | {"overhead": overhead(args, loaded, leave_out)}))
         return
-    rows = compare(args, loaded, methods)
+    rows = compare(args, loaded, methods, leave_out)
     above = [row for row in rows if row["beats_chance"] and row["counted"]]
     result["all"] = summary(rows, methods)
     # A task counts as above chance if it is so in every seed's test part.
