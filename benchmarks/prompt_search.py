@@ -132,7 +132,7 @@ class Judge:
 def pools(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> Iterator[tuple[str, Found]]:
     """Groups and tasks of a setting."""
     tokenizer = loaded.corpus.tokenizer
-    drawn = {"count": args.tasks, "kind": args.kind, "seed": 0}
+    drawn = {"count": args.tasks, "kind": args.kind, "seed": args.draw}
     if args.setting == "builtin":
         for found in builtin_pools(tokenizer, rows=args.rows, corpus_seed=loaded.run.seed, **drawn):
             yield "built-in", found
@@ -326,6 +326,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tasks", type=int, default=24, help="tasks to draw; T0 has its own")
     parser.add_argument("--kind", choices=("all", "choice"), default="all", help="of the tasks that are drawn")
+    parser.add_argument("--draw", type=int, default=0, help="another number draws other tasks; T0 has its own")
     parser.add_argument("--rows", type=int, default=600, help="most rows a task")
     parser.add_argument("--seeds", type=int, default=1, help="each with other parts and another search")
     parser.add_argument("--budget", type=int, default=1500, help="scorings a search")
@@ -350,6 +351,7 @@ def main() -> None:
         loaded = Loaded(OmegaConf.create({**config, "paths": {"output_dir": folder}}))
     result: dict[str, Any] = {
         "setting": args.setting,
+        "draw": args.draw,
         "budget": args.budget,
         "population": args.population,
         "seeds": args.seeds,

@@ -159,18 +159,14 @@ class PromptEncoder:
         """Tokenise prompts, all new texts in one call; in place of a prompt that cannot be used stands the reason."""
         allowed = {*self.pool.fields, OPTIONS} if self.pool.kind == "choice" else set(self.pool.fields)
         reasons = [self._refusal(prompt, allowed) for prompt in prompts]
-        templates = [
-            prompt.template("prompt") if reason is None else None
-            for prompt, reason in zip(prompts, reasons, strict=True)
-        ]
-        usable = [template for template in templates if template is not None]
-        texts = [part.text for template in usable for part in template.segments() if not part.is_placeholder]
-        self._add([(text,) for text in (*texts, *(template.option_separator for template in usable))])
-        self._add([template.verbalizer for template in usable if template.verbalizer is not None])
+        usable = [prompt for prompt, reason in zip(prompts, reasons, strict=True) if reason is None]
+        texts = [part.text for prompt in usable for part in prompt.segments if not part.is_placeholder]
+        self._add([(text,) for text in (*texts, *(prompt.option_separator for prompt in usable))])
+        self._add([prompt.verbalizer for prompt in usable if prompt.verbalizer is not None])
         prepared: list[PreparedPrompt | str] = []
-        for prompt, template, reason in zip(prompts, templates, reasons, strict=True):
-            if template is None or reason is not None:
-                prepared.append(reason or "")
+        for prompt, reason in zip(prompts, reasons, strict=True):
+            if reason is not None:
+                prepared.append(reason)
                 continue
             codes = tuple(
                 self._words[(part.text,)]
@@ -178,10 +174,10 @@ class PromptEncoder:
                 else -1
                 if part.text == OPTIONS
                 else -2 - self.pool.fields.index(part.text)
-                for part in template.segments()
+                for part in prompt.segments
             )
-            verbalizer = -1 if template.verbalizer is None else self._words[template.verbalizer]
-            prepared.append(self._finish(prompt, codes, self._words[(template.option_separator,)], verbalizer))
+            verbalizer = -1 if prompt.verbalizer is None else self._words[prompt.verbalizer]
+            prepared.append(self._finish(prompt, codes, self._words[(prompt.option_separator,)], verbalizer))
         return prepared
 
     def _refusal(self, prompt: PromptGenome, allowed: Iterable[str]) -> str | None:

@@ -159,9 +159,10 @@ class PromptScorer:
 
     def num_new(self, prompts: Sequence[PromptGenome], rows: Sequence[int] | _Ints | None = None) -> int:
         """Pairs that :meth:`score` would have the model score: what the call would cost of a budget."""
-        chosen = self._rows(rows)
-        usable = {entry.key: entry for entry in self._prepare(prompts) if not isinstance(entry, str)}
-        return sum(self._missing(key, chosen).size for key in usable)
+        chosen = np.unique(self._rows(rows))
+        keys = {entry.key for entry in self._prepare(prompts) if not isinstance(entry, str)}
+        done = [self._cache[key].done[chosen] for key in keys if key in self._cache]
+        return len(keys) * len(chosen) - sum(int(np.count_nonzero(rows)) for rows in done)
 
     def score(
         self,
@@ -261,7 +262,11 @@ class PromptScorer:
         return chosen
 
     def _prepare(self, prompts: Sequence[PromptGenome]) -> list[PreparedPrompt | str]:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prepared]
+        found = [self._prepared.get(prompt) for prompt in prompts]
+        known = [entry for entry in found if entry is not None]
+        if len(known) == len(prompts):
+            return known
+        new = list(dict.fromkeys(prompt for prompt, entry in zip(prompts, found, strict=True) if entry is None))
         for prompt, entry in zip(new, self._encoder.prepare(new), strict=True):
             self._prepared[prompt] = entry
             if isinstance(entry, str):

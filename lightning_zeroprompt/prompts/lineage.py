@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where prompts come from, and how different they are: what a search keeps for its reports."""
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from lightning_zeroprompt.prompts.operators import Candidate
 
@@ -53,8 +56,16 @@ def diversity(texts: Sequence[str]) -> float:
         >>> diversity(["a b", "a c"]) == 1 - 1 / 3
         True
     """
-    words = [set(text.split()) for text in texts]
-    shares = [
-        1 - len(one & other) / (len(one | other) or 1) for place, one in enumerate(words) for other in words[:place]
-    ]
-    return statistics.fmean(shares) if shares else 0.0
+    words = [text.split() for text in texts]
+    if len(words) < 2:
+        return 0.0
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(itertools.chain.from_iterable(words)))}
+    has = np.zeros((len(words), len(numbers)), dtype=np.float32)
+    for row, found in enumerate(words):
+        has[row, [numbers[word] for word in found]] = 1
+    sizes = has.sum(1, dtype=np.float64)
+    first, second = np.tril_indices(len(words), -1)
+    # Whole numbers below 2 ** 24 are exact in float32.
+    common = (has @ has.T)[first, second].astype(np.float64)
+    shares = 1 - common / np.maximum(sizes[first] + sizes[second] - common, 1)
+    return statistics.fmean(shares.tolist())

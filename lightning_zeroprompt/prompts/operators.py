@@ -228,14 +228,18 @@ def _borrow_slot(parents: Sequence[PromptGenome], material: Material, rng: rando
     if not material.donors:
         return None
     donor = rng.choice(material.donors)
+    # Another filled slot reads differently; whether another layout does, only the whole text says.
     loans: list[dict[str, Any]] = [
-        {"instruction": donor.instruction},
-        {"answer_cue": donor.answer_cue},
-        {"layout": donor.layout},
+        {name: value}
+        for name in ("instruction", "answer_cue")
+        if (value := getattr(donor, name)) and value != getattr(genome, name)
     ]
-    if material.has_options and donor.option_frame:
-        loans.append({"option_frame": donor.option_frame, "option_separator": donor.option_separator})
-    loans = [loan for loan in loans if all(loan.values()) and _replaced(genome, loan).text != genome.text]
+    if donor.layout != genome.layout and _replaced(genome, {"layout": donor.layout}).text != genome.text:
+        loans.append({"layout": donor.layout})
+    is_shown = genome.shown_option_frame == genome.option_frame
+    if material.has_options and is_shown and donor.option_frame and donor.option_separator:
+        if donor.option_frame != genome.option_frame:
+            loans.append({"option_frame": donor.option_frame, "option_separator": donor.option_separator})
     return _replaced(genome, rng.choice(loans)) if loans else None
 
 

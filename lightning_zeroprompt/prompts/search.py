@@ -419,7 +419,8 @@ class PromptSearch:
         for one in (*self.population, *self._hall):
             if one.key in elite:
                 one.age = 0
-            self.lineage.setdefault(one.key, origin_record(one.candidate, self.generation))
+            if one.key not in self.lineage:
+                self.lineage[one.key] = origin_record(one.candidate, self.generation)
         self.lineage = ancestors(self.lineage, [one.key for one in (*self.population, *self._hall)])
 
     # -- records --------------------------------------------------------------------------------------------------
