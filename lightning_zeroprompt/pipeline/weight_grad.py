@@ -215,23 +215,33 @@ class DeferredLinear(nn.Linear):
         weight, bias = own.get("weight"), own.get("bias")
         if store is None or "bias" not in own or not _defers(weight, bias):
             return super().forward(input)
-        autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-        shape = input.shape
-        # Without a gradient to make there would be no node to be told of one; autocast would cast, and save, the weight
-        # once a call; a checkpoint drops what is saved in its forward pass, and would not drop what a hook holds.
-        if input.requires_grad and input.dtype == weight.dtype and not autocast and not saving_is_hooked():
-            # With a bias the result for more than a matrix is a view, which loses its node when it is changed in place.
-            rows = input.flatten(0, -2) if bias is not None and len(shape) > 2 else input
-            output = F.linear(rows, weight.detach(), None if bias is None else bias.detach())
-            node: Any = output.grad_fn
-            node.register_prehook(_Catch(rows, weight, bias, store))
-        else:
-            # The Function sees a matrix: autograd refuses to have a view made inside of it changed in place.
-            rows = input.flatten(0, -2) if len(shape) > 2 else input
-            if autocast and torch.float64 not in (input.dtype, weight.dtype):
-                rows = rows.to(torch.get_autocast_dtype(input.device.type))
-            output = _Linear.apply(rows, weight, bias, store)  # type: ignore[no-untyped-call]
-        return output if rows is input else output.view(*shape[:-1], self.out_features)
+        return (_uncompiled if torch.compiler.is_compiling() else _defer)(input, weight, bias, store)
+
+
+def _defer(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStore) -> Tensor:
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    shape = x.shape
+    # Without a gradient to make there would be no node to be told of one; autocast would cast, and save, the weight
+    # once a call; a checkpoint drops what is saved in its forward pass, and would not drop what a hook holds.
+    if x.requires_grad and x.dtype == weight.dtype and not autocast and not saving_is_hooked():
+        # With a bias the result for more than a matrix is a view, which loses its node when it is changed in place.
+        rows = x.flatten(0, -2) if bias is not None and len(shape) > 2 else x
+        output = F.linear(rows, weight.detach(), None if bias is None else bias.detach())
+        node: Any = output.grad_fn
+        node.register_prehook(_Catch(rows, weight, bias, store))
+    else:
+        # The Function sees a matrix: autograd refuses to have a view made inside of it changed in place.
+        rows = x.flatten(0, -2) if len(shape) > 2 else x
+        if autocast and torch.float64 not in (x.dtype, weight.dtype):
+            rows = rows.to(torch.get_autocast_dtype(x.device.type))
+        output = _Linear.apply(rows, weight, bias, store)  # type: ignore[no-untyped-call]
+    return output if rows is x else output.view(*shape[:-1], weight.shape[0])
+
+
+_uncompiled = torch.compiler.disable(_defer)
+"""Compiled code ends in front of a Linear and goes on behind it: what lives within compiled code has no node to hook,
+and a compiled backward pass may write over the pair that W needs. Made once, since each call of ``disable`` makes another
+wrapper; without compilers ``_defer`` is called, whose host time counts."""
 
 
 def _defers(weight: Tensor | None, bias: Tensor | None) -> TypeGuard[Tensor]:

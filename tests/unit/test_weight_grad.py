@@ -267,3 +267,32 @@ def test_transformers_t5(tied: bool, checkpointing: bool | None) -> None:
 
     linears = sum(type(part) is nn.Linear for part in model.modules())
     compare(model, token_batches(30), linears, loss)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False], ids=["stage", "first stage"])
+def test_compiled_blocks_of_several_stages(bias: bool, requires_grad: bool) -> None:
+    # The code of a block is compiled once, and used with the stores of all stages and, behind them, with none.
+    torch._dynamo.reset()
+    linears = [[nn.Linear(6, 8, bias=bias), nn.Linear(8, 6, bias=bias)] for _ in range(4)]
+    blocks = [nn.Sequential(nn.LayerNorm(6), up, nn.GELU(), down) for up, down in linears]
+    stages = [nn.Sequential(*blocks[:2]), nn.Sequential(*blocks[2:])]
+    references = copy.deepcopy(stages)
+    for stage in stages:
+        defer_linears(stage)
+        for block in stage:
+            block.compile(backend="aot_eager")
+    for stage, reference in zip(stages, references, strict=True):
+        batches = inputs(3, 5, 6, requires_grad=requires_grad)
+        theirs = [batch.detach().clone().requires_grad_(requires_grad) for batch in batches]
+        assert split_backward(stage, batches, mean_square, WeightGradStore()) == [4, 4]
+        full_backward(reference, theirs, mean_square)
+        assert_same_gradients(stage, reference)
+        if requires_grad:
+            for our, their in zip(batches, theirs, strict=True):
+                assert our.grad is not None
+                assert_close(our.grad, their.grad)
+    for stage, reference in zip(stages, references, strict=True):
+        full_backward(stage, batches, mean_square)
+        full_backward(reference, theirs, mean_square)
+        assert_same_gradients(stage, reference)
