@@ -238,10 +238,10 @@ def _defer(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStor
     return output if rows is x else output.view(*shape[:-1], weight.shape[0])
 
 
-_uncompiled = torch.compiler.disable(_defer)
+_uncompiled = torch.compiler.disable(_defer)  # type: ignore[no-untyped-call]
 """Compiled code ends in front of a Linear and goes on behind it: what lives within compiled code has no node to hook,
-and a compiled backward pass may write over the pair that W needs. Made once, since each call of ``disable`` makes another
-wrapper; without compilers ``_defer`` is called, whose host time counts."""
+and a compiled backward pass may write over the pair that W needs. Made once, since each call of ``disable`` makes one
+more wrapper; without compilers ``_defer`` is called, whose host time counts."""
 
 
 def _defers(weight: Tensor | None, bias: Tensor | None) -> TypeGuard[Tensor]:
