@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_zeroprompt.pipeline.costs import Costs
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 
 __all__ = ["Bench", "Clock", "Gpt", "Measured", "Step", "loss_of"]
@@ -96,6 +97,8 @@ class Measured:
     loss: float | None
     held: tuple[int, int] | None = None
     peaks: tuple[int, int] | None = None
+    predicted: tuple[float, int] | None = None
+    """Seconds of a step and the most bytes of a rank, from costs."""
 
 
 Step = Callable[[], Tensor | None]
@@ -120,6 +123,9 @@ class Bench:
         # Small objects travel on the CPU, whatever a failed case has left of NCCL.
         self.control = dist.new_group(backend="gloo")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.costs: Costs | None = None
+        self.peaks: dict[tuple[str, int], int] = {}
+        """Bytes of the rank with most, of cases that have run, by name and micro-batches."""
         self._groups: dict[Layout, ProcessGroups] = {}
 
     def groups(self, pipeline: int) -> ProcessGroups:
@@ -150,7 +156,11 @@ class Bench:
         """On the meta device, in the type it runs in; its first values are drawn anew from one seed a rank."""
         torch.manual_seed(self.rank)
         with torch.device("meta"):
-            return Gpt(self.args, halves=self.args.blocks == "half" if halves is None else halves).to(self.dtype)
+            gpt = Gpt(self.args, halves=self.args.blocks == "half" if halves is None else halves).to(self.dtype)
+        if self.args.compile:
+            for layer in gpt.blocks[1:-1]:
+                layer.compile()
+        return gpt
 
     def materialize(self, module: Part) -> Part:
         """Give memory and first values to a module on the meta device."""

@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -41,7 +40,7 @@ from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
 from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy, storage_key
 from lightning_zeroprompt.pipeline.weight_grad import WeightGradStore, defer_linears, restore_linears
 
-__all__ = ["DeviceMeter", "FlopMeter", "machine_name", "measure_link", "model_fingerprint", "profile_chain"]
+__all__ = ["DeviceMeter", "FlopMeter", "machine_name", "model_fingerprint", "profile_chain"]
 
 _ADAM_BYTES = 8
 """Bytes of Adam's two moments a parameter, in float32."""
@@ -184,7 +183,7 @@ def profile_chain(
         step: Runs user code on one micro-batch, as ``Chain.capture`` and ``replay`` call it; it returns a loss, or a
             mapping with one.
         meter: Measures, or estimates.
-        message: Between neighbouring ranks; see :func:`measure_link`.
+        message: Between neighbouring ranks; see :mod:`link_profile`.
         gather: Of gathers of weights; None is ``message``.
         reduce: Of reductions of gradients; None is ``gather``.
         context: What forward passes run in, such as autocast.
@@ -416,7 +415,7 @@ def _distinct(tensors: Iterable[Tensor]) -> int:
     return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-# -- names and links ------------------------------------------------------------------------------------------------
+# -- names ----------------------------------------------------------------------------------------------------------
 
 
 def model_fingerprint(chain: Chain) -> str:
@@ -431,35 +430,3 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def measure_link(
-    transfer: Callable[[Tensor], Any], device: torch.device, sizes: tuple[int, int] = (2**16, 2**24), repeats: int = 5
-) -> Link:
-    """Latency and bandwidth from two sizes; all ranks of the transfer call this together.
-
-    Args:
-        transfer: Moves a tensor of bytes and waits for it, on this rank.
-        device: Where tensors are.
-        sizes: Bytes of the two transfers.
-        repeats: How often; medians count.
-    """
-    found = []
-    for size in sizes:
-        tensor = torch.zeros(size, dtype=torch.uint8, device=device)
-        times = []
-        for run in range(repeats + 1):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if dist.is_initialized():
-                dist.barrier()
-            begin = time.perf_counter()
-            transfer(tensor)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if run:
-                times.append(time.perf_counter() - begin)
-        found.append(statistics.median(times))
-    small, large = found
-    bandwidth = (sizes[1] - sizes[0]) / max(large - small, 1e-9)
-    return Link(latency=max(0.0, small - sizes[0] / bandwidth), bandwidth=bandwidth)

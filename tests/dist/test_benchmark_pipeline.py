@@ -8,14 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lightning_zeroprompt.pipeline.costs import Costs
+
 ROOT = Path(__file__).parents[2]
 
 
 def test_tiny(tmp_path):
-    cases = ["limit", "zeropp-v2", "fsdp-v8", "lightning:zbv", "torch-dualpipev", "torch-zbv", "fsdp2-zero3"]
+    cases = ["limit", "zeropp-v2", "fsdp-v8", "auto", "lightning:auto", "torch-dualpipev", "torch-zbv", "fsdp2-zero3"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = [str(ROOT / "benchmarks" / "pipeline.py"), "--tiny", "--device", "cpu", "--growth", "10"]
-    given = ["--micro-batches", "2", "--cases", ",".join(cases), "--timeline", str(tmp_path)]
+    given = ["--micro-batches", "2", "--cases", ",".join(cases), "--timeline", str(tmp_path / "timelines")]
+    given += ["--save-costs", str(tmp_path / "costs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *script, *given], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -32,6 +35,11 @@ def test_tiny(tmp_path):
         assert abs(entry["loss"] - math.log(64)) < 0.5
         # Live tensors after the first step and after the tenth; a step's own batches may differ by some.
         assert abs(entry["growth_bytes"]) < 0.05 * entry["held_bytes"]
-    assert {path.name for path in tmp_path.iterdir()} == {
-        f"{name}_m2.{end}" for name in ("zeropp-v2", "fsdp-v8") for end in ("png", "json")
+    assert {path.name for path in (tmp_path / "timelines").iterdir()} == {
+        f"{name}_m2.{end}" for name in ("zeropp-v2", "fsdp-v8", "auto") for end in ("png", "json")
     }
+    costs = Costs.load(tmp_path / "costs.json")
+    assert len(costs.blocks) == 18
+    for name in ("zeropp-v2", "fsdp-v8", "auto"):
+        assert by_case[name]["predicted_ms"] > 0
+    assert "predicted_ms" not in by_case["torch-zbv"]
