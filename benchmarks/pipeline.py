@@ -13,8 +13,8 @@ Cases (``--cases``, comma-separated; ``--list`` prints them all):
   gathering over all ranks;
 * ``auto``: what the planner chooses for costs that were measured in this run (or given with ``--costs``), and
   ``auto-limit``: the same with memory limited to 1.15 x the measured peak of ``1f1b``, which has to run before;
-* ``lightning:`` and one of ours, or ``auto``: the same through ``Trainer(strategy=ZeroPPStrategy(...))`` and an optimizer
-  that does nothing, timed from one batch's start to the next;
+* ``lightning:`` and one of ours, or ``auto``: the same through ``Trainer(strategy=ZeroPPStrategy(...))`` and an
+  optimizer that does nothing, timed from one batch's start to the next;
 * ``torch-...``: the schedules of ``torch.distributed.pipelining``;
 * ``fsdp2-zero3`` and ``fsdp2-zero2``: ``fully_shard`` of every layer, with and without resharding after its forward.
 

@@ -135,7 +135,7 @@ def _collective_links(bench: Bench) -> tuple[Link, Link]:
         whole, shard = parts(tensor)
         dist.reduce_scatter_tensor(shard, whole, group=group)
 
-    sizes = (2**16 * (bench.world - 1), 2**26 * (bench.world - 1) if bench.cuda else 2**20 * (bench.world - 1))
+    sizes = (2**16 * (bench.world - 1), 2**27 * (bench.world - 1) if bench.cuda else 2**20 * (bench.world - 1))
     found = [slowest_link(bench.gather(measure_link(move, bench.device, sizes))) for move in (gather, reduce)]
     return found[0], found[1]
 
@@ -182,7 +182,8 @@ def run_planned(bench: Bench, micro_batches: int, *, limited: bool) -> Measured:
         peak = bench.peaks.get(("1f1b", micro_batches))
         if peak is None:
             raise RuntimeError("the limit is a multiple of the memory of 1f1b: let it run before, in the same run")
-        limit = round(LIMIT_OF_PEAK * peak) - bench.memory()[0]
+        # All ranks plan, and have to do so with equal numbers.
+        limit = round(LIMIT_OF_PEAK * peak) - max(bench.gather(bench.memory()[0]))
     assert bench.costs is not None
     found = plan(bench.costs, ranks=bench.world, micro_batches=micro_batches, memory_limit=limit, recompute=False)
     bench.say(f"      plan: {found.best.label}; cuts {list(found.cuts)}")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long messages and collectives take on a machine, alone and beside computations.
 
-A transfer of two sizes gives latency and bandwidth. On a GPU the larger one is then run beside matrix products on a
-stream of their own, which last longer than it: how many times as long it takes is its ``slowdown``, and how many times
-as long they take while it runs its ``contention``. Copy engines leave products alone; NCCL's kernels
-take multiprocessors from them.
+Transfers of two sizes give latency and bandwidth. On a GPU they are then run beside matrix products on a stream of
+their own, which last longer: how many times as long the larger one takes now is its ``slowdown``, and how many times as
+long products take while it runs its ``contention``. Differences between the two sizes count, since ranks and hosts are
+never quite together. Copy engines leave products alone; NCCL's kernels take multiprocessors from them.
 
 Alternatives: a collective's own benchmark (nccl-tests) knows nothing of computations; fitting all four numbers to
 recorded steps mixes them with the schedule's waits.
@@ -24,17 +24,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_zeroprompt.pipeline.costs import Link
+from lightning_zeroprompt.pipeline.torch_compat import keep_busy
 
 __all__ = ["measure_link", "slowest_link"]
 
 _SIDE = 4096
 """Rows and columns of the matrices multiplied beside transfers."""
+_LAUNCH = 2e-3
+"""Seconds that a GPU is kept busy, in which its host launches what is timed."""
 _MOST = 0.9
 """Of its time that a computation can lose to a transfer: more than that is noise."""
 
 
 def measure_link(
-    transfer: Callable[[Tensor], Any], device: torch.device, sizes: tuple[int, int] = (2**16, 2**24), repeats: int = 5
+    transfer: Callable[[Tensor], Any], device: torch.device, sizes: tuple[int, int] = (2**16, 2**26), repeats: int = 9
 ) -> Link:
     """Measure a link; all ranks of the transfer call this together.
 
@@ -55,14 +58,15 @@ def measure_link(
     latency = max(0.0, small - sizes[0] / bandwidth)
     if device.type != "cuda":
         return Link(latency, bandwidth)
-    tensor = torch.zeros(sizes[1], dtype=torch.uint8, device=device)
-    moved, lost = _beside(transfer, tensor, large, repeats)
-    alone = large - latency
+    least, most = (
+        _beside(transfer, torch.zeros(size, dtype=torch.uint8, device=device), large, repeats) for size in sizes
+    )
+    moved = max(most[0] - least[0], 1e-9)
     return Link(
         latency,
         bandwidth,
-        slowdown=max(1.0, (moved - latency) / alone) if alone > 0 else 1.0,
-        contention=1 / (1 - min(max(0.0, lost) / moved, _MOST)),
+        slowdown=max(1.0, moved / max(large - small, 1e-9)),
+        contention=1 / (1 - min(max(0.0, most[1] - least[1]) / moved, _MOST)),
     )
 
 
@@ -96,12 +100,19 @@ def _alone(transfer: Callable[[Tensor], Any], tensor: Tensor, repeats: int) -> l
     times = []
     for run in range(repeats + 1):
         _together(tensor.device)
-        begin = time.perf_counter()
-        transfer(tensor)
         if tensor.device.type == "cuda":
-            torch.cuda.synchronize(tensor.device)
-        if run:
+            first, last = _events()
+            keep_busy(_LAUNCH)
+            first.record()
+            transfer(tensor)
+            last.record()
+            times.append(_seconds(first, last))
+        else:
+            begin = time.perf_counter()
+            transfer(tensor)
             times.append(time.perf_counter() - begin)
+        if not run:
+            times.clear()
     return times
 
 
@@ -112,35 +123,37 @@ def _beside(transfer: Callable[[Tensor], Any], tensor: Tensor, seconds: float, r
     product = torch.empty_like(factor)
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def multiply(times: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    def run(times: int, *, beside: bool) -> tuple[float, float]:
+        """Seconds of the transfer and of products."""
+        begun, ended = _events()
+        first, last = _events()
+        _together(device)
+        keep_busy(_LAUNCH)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        first.record()
+        if beside:
+            transfer(tensor)
+        last.record()
         with torch.cuda.stream(stream):
-            first.record()
+            begun.record()
             for _ in range(times):
                 torch.mm(factor, factor, out=product)
-            last.record()
-        return first, last
+            ended.record()
+        return _seconds(first, last), _seconds(begun, ended)
 
-    def took(events: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
-        torch.cuda.synchronize(device)
-        return float(events[0].elapsed_time(events[1])) / 1e3
-
-    took(multiply(3))
+    run(3, beside=False)
     # Long enough for a transfer that is three times as slow, and not so long that the loss is lost in their noise.
-    count = 10 + int(3 * seconds / (took(multiply(10)) / 10))
-    alone, moved, beside = [], [], []
-    for run in range(repeats + 1):
-        _together(device)
-        quiet = took(multiply(count))
-        _together(device)
-        products = multiply(count)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        first.record()
-        transfer(tensor)
-        last.record()
-        busy = took(products)
-        if run:
-            alone.append(quiet)
-            moved.append(first.elapsed_time(last) / 1e3)
-            beside.append(busy)
-    return statistics.median(moved), statistics.median(beside) - statistics.median(alone)
+    count = 10 + int(3 * seconds / (run(10, beside=False)[1] / 10))
+    alone = [run(count, beside=False)[1] for _ in range(repeats)]
+    moved, products = zip(*(run(count, beside=True) for _ in range(repeats)), strict=True)
+    return statistics.median(moved), statistics.median(products) - statistics.median(alone)
+
+
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    return first, last
+
+
+def _seconds(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3

@@ -44,6 +44,8 @@ __all__ = ["DeviceMeter", "FlopMeter", "machine_name", "model_fingerprint", "pro
 
 _ADAM_BYTES = 8
 """Bytes of Adam's two moments a parameter, in float32."""
+_LONGEST_BUSY = 0.1
+"""Seconds that a GPU is kept waiting for its host's launches at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,17 @@ class _Phase:
     host: float
     workspace: int = 0
 
+    def shared(self, times: int, workspace: int) -> _Phase:
+        """Of one of so many blocks in a row."""
+        return _Phase(self.seconds / times, self.host / times, workspace)
+
 
 class Meter(Protocol):
     """Runs the phases of a block, and says what each took."""
 
     device: torch.device
+    row: int
+    """How often a block is run in a row where it takes what it returns."""
 
     def context(self) -> AbstractContextManager[Any]:
         """What forward passes run in."""
@@ -79,20 +87,23 @@ class DeviceMeter:
         device: Where the blocks are.
         repeats: How often; the median counts.
         warmup: Runs before that.
+        row: How often a block is run in a row where it takes what it returns: what a call of autograd, or of a stage,
+            costs the host is then shared by blocks, as it is in a step.
     """
 
-    def __init__(self, device: torch.device, repeats: int = 5, warmup: int = 2) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, repeats: int = 5, warmup: int = 2, row: int = 4) -> None:
+        self.device, self.row = device, row
         self._repeats, self._warmup, self._cuda = repeats, warmup, device.type == "cuda"
 
     def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[_Phase]:
         """See :class:`Meter`."""
         seconds: list[list[float]] = [[] for _ in phases]
         hosts: list[list[float]] = [[] for _ in phases]
-        most = [0] * len(phases)
+        most, busy = [0] * len(phases), [1e-3] * len(phases)
         for run in range(self._warmup + self._repeats):
             for index, phase in enumerate(phases):
-                device, host, memory = self._once(phase)
+                device, host, memory = self._once(phase, busy[index])
+                busy[index] = min(2 * host, _LONGEST_BUSY)
                 if run >= self._warmup:
                     seconds[index].append(device)
                     hosts[index].append(host)
@@ -106,7 +117,7 @@ class DeviceMeter:
         """Nothing special."""
         return nullcontext()
 
-    def _once(self, phase: Callable[[], Any]) -> tuple[float, float, int]:
+    def _once(self, phase: Callable[[], Any], busy: float) -> tuple[float, float, int]:
         if not self._cuda:
             begin = time.perf_counter()
             phase()
@@ -116,7 +127,7 @@ class DeviceMeter:
         held = torch.cuda.memory_allocated(self.device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         # The device is kept busy while the host launches, so that its time has no gaps in it.
-        keep_busy()
+        keep_busy(busy)
         first.record()
         begin = time.perf_counter()
         phase()
@@ -140,6 +151,7 @@ class FlopMeter:
     def __init__(self, flops: float, bandwidth: float, host: float = 0.0, device: torch.device | str = "meta") -> None:
         if flops <= 0 or bandwidth <= 0 or host < 0:
             raise ValueError(f"flops={flops}, bandwidth={bandwidth} have to be above 0, host={host} at least 0")
+        self.row = 1
         self._flops, self._bandwidth, self._host, self.device = flops, bandwidth, host, torch.device(device)
 
     def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[_Phase]:
@@ -220,6 +232,50 @@ def profile_chain(
     )
 
 
+class _Phases:
+    """F, B and W of a block, run so many times in a row on what it returned."""
+
+    def __init__(
+        self,
+        run: Callable[[tuple[Any, ...]], Any],
+        inputs: tuple[Any, ...],
+        context: Callable[[], AbstractContextManager[Any]],
+        times: int,
+    ) -> None:
+        self._run, self._inputs, self._context, self._times = run, inputs, context, times
+        self.store, self.outputs = WeightGradStore(), list[Any]()
+        self._weight: list[Callable[[], None]] = []
+
+    def plain_forward(self) -> None:
+        """F in front of an ordinary backward pass."""
+        with self._context():
+            stream: Any = self._inputs
+            for _ in range(self._times):
+                stream = self._run(stream if isinstance(stream, tuple) else (stream,))
+        self.outputs[:] = [stream]
+
+    def forward(self) -> None:
+        """F in front of B and W."""
+        with self.store.record():
+            self.plain_forward()
+
+    def propagate(self) -> None:
+        """B, whose deferred gradients stay in the store."""
+        heads = [leaf for leaf in tree_leaves(self.outputs[0]) if _carries(leaf)]
+        with self.store.record():
+            if heads:
+                torch.autograd.backward(heads, [torch.ones_like(head) for head in heads])
+
+    def backward(self) -> None:
+        """B, or an ordinary backward pass."""
+        self.propagate()
+        self._weight[:] = [self.store.take()]
+
+    def weight(self) -> None:
+        """W."""
+        self._weight[0]()
+
+
 class _Profile:
     def __init__(
         self,
@@ -262,7 +318,9 @@ class _Profile:
             output = self._chain.run(index, index + 1, inputs, calls)
         key = self._key(index, stream, calls, output)
         if key not in self._known:
-            self._known[key] = self._measure_block(index, inputs, calls)
+            takes = [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in tree_leaves(inputs)]
+            gives = [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in tree_leaves(output)]
+            self._known[key] = self._measure_block(index, inputs, calls, self._meter.row if takes == gives else 1)
         return self._known[key], tree_map_only(Tensor, _input, output)
 
     def behind(self, step: Callable[[], Any], stream: Any) -> BlockCosts:
@@ -285,50 +343,38 @@ class _Profile:
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def _measure_block(self, index: int, inputs: tuple[Any, ...], calls: Calls) -> BlockCosts:
-        store, outputs = WeightGradStore(), list[Any]()
-        weight: list[Callable[[], None]] = []
-
-        def forward() -> None:
-            with self._context(), store.record():
-                outputs[:] = [self._chain.run(index, index + 1, inputs, calls)]
-
-        def ordinary_forward() -> None:
-            with self._context():
-                outputs[:] = [self._chain.run(index, index + 1, inputs, calls)]
-
-        def propagate() -> None:
-            heads = [leaf for leaf in tree_leaves(outputs[0]) if _carries(leaf)]
-            with store.record():
-                if heads:
-                    torch.autograd.backward(heads, [torch.ones_like(head) for head in heads])
-
-        def backward() -> None:
-            propagate()
-            weight[:] = [store.take()]
-
+    def _measure_block(self, index: int, inputs: tuple[Any, ...], calls: Calls, times: int) -> BlockCosts:
+        one = self._phases(index, inputs, calls, 1)
         parameters = [p for p in self._chain.blocks[index].parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0) if parameters else None
 
-        forward()
-        moved = _bytes((inputs, outputs[0]))
-        split = self._meter.measure([forward, backward, lambda: weight[0]()], moved)
-        whole = self._meter.measure([ordinary_forward, backward], moved)[1]
+        one.forward()
+        moved = _bytes((inputs, one.outputs[0]))
+        split = self._meter.measure([one.forward, one.backward, one.weight], moved)
+        whole = self._meter.measure([one.plain_forward, one.backward], moved)[1]
+        if times > 1:
+            row = self._phases(index, inputs, calls, times)
+            per_block = self._meter.measure([row.forward, row.backward, row.weight], times * moved)
+            split = [phase.shared(times, single.workspace) for phase, single in zip(per_block, split, strict=True)]
+            whole = self._meter.measure([row.plain_forward, row.backward], times * moved)[1].shared(times, 0)
         steps = self._meter.measure([optimizer.step], _bytes(parameters) * 4)[0] if optimizer else _Phase(0.0, 0.0)
         del optimizer
-        held = self._activations(forward)
-        propagate()
-        waiting = _distinct(store.held())
-        store.take()
+        held = self._activations(one.forward)
+        one.propagate()
+        waiting = _distinct(one.store.held())
+        one.store.take()
         sizes = BlockCosts(
             full_backward=whole.seconds,
             optimizer=steps.seconds,
             activations=held,
             weight_inputs=waiting,
-            output=_bytes(outputs[0]),
+            output=_bytes(one.outputs[0]),
         )
         self._forget_gradients()
         return self._costs([self._chain.blocks[index]], split, sizes)
+
+    def _phases(self, index: int, inputs: tuple[Any, ...], calls: Calls, times: int) -> _Phases:
+        return _Phases(lambda stream: self._chain.run(index, index + 1, stream, calls), inputs, self._context, times)
 
     def _activations(self, forward: Callable[[], None]) -> int:
         """Bytes of distinct storages that autograd keeps from F to B, weights left out."""

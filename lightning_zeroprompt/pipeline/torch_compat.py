@@ -356,9 +356,9 @@ class _UnshardedGradBuffer:
             held += grad
 
 
-def keep_busy() -> None:
-    """Let the current GPU do nothing for a millisecond, in which the host can launch what is to be timed."""
-    torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
+def keep_busy(seconds: float) -> None:
+    """Let the current GPU do nothing for about so long, while the host launches what is to be timed."""
+    torch.cuda._sleep(round(seconds * 2e9))  # type: ignore[no-untyped-call]
 
 
 def fused_attention(
