@@ -61,8 +61,9 @@ class TimeBatches(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss."""
-        self.loss = outputs["loss"]  # type: ignore[index]
+        """Keep the loss of the last step that is timed."""
+        if self._seen <= self._warmup + self._bench.args.steps:
+            self.loss = outputs["loss"]  # type: ignore[index]
 
 
 def fit(bench: Bench, module: pl.LightningModule, strategy: ZeroPPStrategy, batches: Any, warmup: int) -> Measured:

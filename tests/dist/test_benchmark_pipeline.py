@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/pipeline.py from end to end on two gloo ranks, as torchrun starts it."""
+"""benchmarks/pipeline.py and pipeline_t5.py from end to end on two gloo ranks, as torchrun starts them."""
 
 import json
 import math
@@ -13,16 +13,28 @@ from lightning_zeroprompt.pipeline.costs import Costs
 ROOT = Path(__file__).parents[2]
 
 
+def run(script, *given):
+    """The last line that it prints, read."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = [str(ROOT / "benchmarks" / script), "--tiny", "--device", "cpu", *given]
+    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_t5():
+    found = run("pipeline_t5.py", "--cases", "limit,zeropp,auto")["results"]
+    assert [entry["case"] for entry in found] == ["limit", "zeropp", "auto"]
+    assert all(entry["ms"] > 0 and entry["of_limit"] > 0 for entry in found)
+    assert len({entry["loss"] for entry in found}) == 1
+
+
 def test_tiny(tmp_path):
     cases = ["limit", "zeropp-v2", "fsdp-v8", "auto", "lightning:auto", "torch-dualpipev", "torch-zbv", "fsdp2-zero3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(ROOT / "benchmarks" / "pipeline.py"), "--tiny", "--device", "cpu", "--growth", "10"]
     given = ["--micro-batches", "2", "--cases", ",".join(cases), "--timeline", str(tmp_path / "timelines")]
     given += ["--save-costs", str(tmp_path / "costs.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *script, *given], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = run("pipeline.py", "--growth", "10", *given)
     by_case = {entry["case"]: entry for entry in result["results"]}
     assert list(by_case) == cases
     # DualPipeV needs as many micro-batches as there are stages; its error is a result, and the rest runs.
