@@ -21,10 +21,11 @@ from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
 from lightning_zeroprompt.pipeline.executor import MicroBatch
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.link_profile import measure_link, slowest_link
+from lightning_zeroprompt.pipeline.meters import DeviceMeter
 from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.planner import plan
-from lightning_zeroprompt.pipeline.profiler import DeviceMeter, profile_chain
+from lightning_zeroprompt.pipeline.profiler import profile_chain
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.render import timeline_text, write_timeline
 from lightning_zeroprompt.pipeline.schedule import Kind, Schedule

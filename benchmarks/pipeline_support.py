@@ -180,6 +180,7 @@ class Bench:
         """Bytes held now, and the most since the last reset; on a CPU what live tensors hold, twice."""
         if self.cuda:
             return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        gc.unfreeze()  # or they would not be found
         gc.collect()
         tensors = [part for part in gc.get_objects() if type(part) in (Tensor, nn.Parameter) and not part.is_meta]
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors}
@@ -192,6 +193,9 @@ class Bench:
 
     def time(self, step: Step) -> Measured:
         """Warm up, then time steps."""
+        # As the strategy does: collections would walk over every object of all modules in the midst of a step.
+        gc.collect()
+        gc.freeze()
         for _ in range(self.args.warmup):
             step()
         self.synchronize()
@@ -201,6 +205,7 @@ class Bench:
             clock.start()
             loss = step()
             clock.stop()
+        gc.unfreeze()
         return clock.measured(None if loss is None else float(loss))
 
 

@@ -23,6 +23,7 @@ there yet; a loop of its own loses Lightning's accumulation, callbacks and profi
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -355,6 +356,12 @@ class ZeroPPStrategy(RankedStrategy):
     @override
     def on_train_start(self) -> None:
         self._listen()
+        if not gc.get_freeze_count():
+            # A collection walks over every object there is, for tens of milliseconds, and all ranks wait for the one
+            # that does it. What is there now stays: let it walk over what comes.
+            gc.collect()
+            gc.freeze()
+            self._running.callback(gc.unfreeze)
 
     @override
     def on_validation_start(self) -> None:

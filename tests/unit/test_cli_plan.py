@@ -20,7 +20,7 @@ from lightning_zeroprompt.cli.plan_costs import (
 )
 from lightning_zeroprompt.pipeline import Costs, Link, build_schedule, simulate
 from lightning_zeroprompt.pipeline.invented import GPT_SHAPES, GptShape, gpt_costs
-from lightning_zeroprompt.pipeline.profiler import FlopMeter
+from lightning_zeroprompt.pipeline.meters import FlopMeter
 
 SIZES = {"state": 2**30, "parameters": 2**28, "gradients": 2**28, "activations": 2**27, "weight_inputs": 2**26}
 
