@@ -168,11 +168,8 @@ class Orders:
         for number in numbers:
             if number >= weights:
                 stage = (number - weights) // self._micro_batches
-                made, late[stage] = late[stage], 0.0
-                # It is there before what it is made of goes.
-                if held + made > limit:
-                    return False
-                held += made
+                held += late[stage]
+                late[stage] = 0.0
             held += change[number]
             if held > limit:
                 return False

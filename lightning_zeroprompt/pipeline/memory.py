@@ -108,9 +108,9 @@ def peak_bytes(tasks: Sequence[Task], stages: Sequence[BlockCosts], own: Sequenc
                 after -= block.output
             held += block.workspace
         elif kind is Kind.WEIGHT:
-            held += 0 if shared else late.pop(stage, 0)
-            after = held - block.weight_inputs
-            held += block.workspace
+            # Linear after Linear: each one's gradient comes as what it is made of goes.
+            after = held - block.weight_inputs + (0 if shared else late.pop(stage, 0))
+            held = max(held, after) + block.workspace
         elif kind is Kind.RECV_F:
             received.add((Kind.FORWARD, stage, task.micro_batch))
             held = after = held + stages[stage - 1].output
