@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         counts = [int(count) for count in args.micro_batches.split(",")]
         ideal = ", ".join(f"M={m}: {1e3 * bench.costs.ideal_seconds(bench.world, m):.1f} ms" for m in counts)
         bench.say(f"costs in {time.perf_counter() - begun:.1f} s; no-bubble step of all measured work: {ideal}")
-        for name in ("message", "gather", "reduce"):
+        for name in ("message", "gather", "reduce", "host_action"):
             bench.say(f"{name}: {getattr(bench.costs, name)}")
     started, results = time.perf_counter(), []
     for count in map(int, args.micro_batches.split(",")):

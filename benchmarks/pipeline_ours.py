@@ -20,6 +20,7 @@ from lightning_zeroprompt.pipeline.catalogue import build_schedule, is_listed
 from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
 from lightning_zeroprompt.pipeline.executor import MicroBatch
 from lightning_zeroprompt.pipeline.find_chain import find_chain
+from lightning_zeroprompt.pipeline.host_profile import measure_host_action
 from lightning_zeroprompt.pipeline.link_profile import measure_link, slowest_link
 from lightning_zeroprompt.pipeline.meters import DeviceMeter
 from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS
@@ -67,6 +68,8 @@ def costs_of(bench: Bench) -> Costs:
         return Costs.load(bench.args.costs)
     message, transport = _message_link(bench)
     gather, reduce = _collective_links(bench)
+    # Every rank has a host; the slowest one counts.
+    action = max(bench.gather(measure_host_action(bench.device, bench.groups(1).pipeline)))
     text = None
     if bench.rank == 0:
         model = bench.materialize(bench.model())
@@ -78,6 +81,7 @@ def costs_of(bench: Bench) -> Costs:
             message=message,
             gather=gather,
             reduce=reduce,
+            host_action=action,
         )
         width = bench.dtype.itemsize
 

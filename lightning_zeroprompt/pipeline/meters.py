@@ -135,7 +135,7 @@ class DeviceMeter:
         torch.cuda.synchronize(self.device)
         seconds = float(marks[0].elapsed_time(marks[2])) / 1e3
         # A device that waits for its host is under no load.
-        return seconds / measured if host < 0.9 * seconds else None
+        return seconds / measured if host < 0.97 * seconds else None
 
     def context(self) -> AbstractContextManager[Any]:
         """Nothing special."""

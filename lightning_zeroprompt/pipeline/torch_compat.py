@@ -6,7 +6,7 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``RuntimeBase`` runs a list of actions with sends, receives, gathers and reductions in it; ``to_actions`` makes that
   list.
 * ``StageBase`` is ``PipelineStage`` without its first-step metadata exchange, which runs the user's loss on
-  uninitialised tensors (2.13) and allocates one receive buffer a micro-batch for ever (both).
+  uninitialised tensors (2.13) and allocates one receive buffer a micro-batch for ever (both), and with leaner passes.
 * ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
 * ``gather_stage`` gathers a stage outside of a schedule, also before its first forward pass.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,10 +32,11 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.autograd import profiler
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import (
     _Action,
     _ComputationType,
@@ -89,6 +91,34 @@ def _drop(record: logging.LogRecord) -> bool:
     return False
 
 
+class _NoRecord:
+    """In the place of ``record_function``."""
+
+    def __init__(self, name: str) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Let torch's runtime write no records while no profiler listens: one a task is a third of its time on the host."""
+    runtime: Any = schedules
+    kept = getattr(runtime, "record_function", None)
+    if kept is None or profiler._is_profiler_enabled:
+        yield
+        return
+    runtime.record_function = _NoRecord
+    try:
+        yield
+    finally:
+        runtime.record_function = kept
+
+
 def to_actions(tasks: Sequence[Task]) -> list[_Action]:
     """Our tasks as torch's actions."""
     return [_Action(t.stage, _TYPES[t.kind], t.micro_batch if t.micro_batch >= 0 else None) for t in tasks]
@@ -135,7 +165,8 @@ class RuntimeBase(_PipelineScheduleRuntime):
         # On any error torch logs the whole schedule, page after page, in front of the error.
         _TORCH_LOG.addFilter(_drop)
         try:
-            self._step_microbatches([()] * count, keywords, return_outputs=False)
+            with _unrecorded():
+                self._step_microbatches([()] * count, keywords, return_outputs=False)
             ends, self._ends = self._ends, {}
         finally:
             _TORCH_LOG.removeFilter(_drop)
@@ -216,16 +247,43 @@ class StageBase(PipelineStage):
             self._stage_meta.inputs = _Everything()
             self._runtime_validate = False
 
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward pass; errors are those of the code that runs, which torch wraps in one of its own."""
+    def forward_one_chunk(
+        self,
+        fwd_chunk_id: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        save_forward_output: bool = True,
+    ) -> Any:
+        """Run a forward pass; torch's own method looks for tensors in nested arguments, which takes the host longer."""
+        stream = args if self.is_first else self._retrieve_recv_activations(fwd_chunk_id)
         try:
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        except RuntimeError as wrapped:
-            if wrapped.__cause__ is None:
-                raise
-            error = wrapped.__cause__
-        error.add_note(f"(in the forward pass of micro-batch {fwd_chunk_id} through stage {self.stage_index})")
-        raise error
+            output = self.forward_maybe_with_nosync(*stream, **(kwargs or {}))  # type: ignore[no-untyped-call]
+        except Exception as error:
+            error.add_note(f"(in the forward pass of micro-batch {fwd_chunk_id} through stage {self.stage_index})")
+            raise
+        self.fwd_cache[fwd_chunk_id] = output if isinstance(output, tuple) else (output,), list(stream)
+        return output
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Run B, and keep what W will do."""
+        if not self.has_backward:
+            return
+        outputs, inputs = self.fwd_cache.pop(bwd_chunk_id)
+        grads: Any = (None,)
+        if self.is_last:
+            outputs = (loss,)
+        else:
+            grads = self._retrieve_recv_grads(bwd_chunk_id)
+        self.bwd_cache[bwd_chunk_id] = self.propagate(outputs, grads, inputs)
+        self.dw_runner[bwd_chunk_id] = self.dw_builder()  # type: ignore[misc]
+
+    def propagate(
+        self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], inputs: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of a stage's inputs from those of its outputs."""
+        raise NotImplementedError
 
     def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
         """Nothing (torch 2.11 compares with the metadata that is not exchanged)."""
