@@ -96,7 +96,7 @@ class LiteralPart:
     text: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptGenome:
     r"""A prompt as slots.
 
@@ -188,7 +188,8 @@ class PromptGenome:
         record["verbalizer"] = None if self.verbalizer is None else list(self.verbalizer)
         return record
 
-    @property
+    # A search asks every genome thousands of times: what it reads of it is made once (no slots, for that).
+    @functools.cached_property
     def text(self) -> str:
         """The prompt as template text."""
         texts = {
@@ -219,7 +220,7 @@ class PromptGenome:
         """Names of the placeholders in the order they stand in."""
         return tuple(segment.text for segment in _segments(self.text) if segment.is_placeholder)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Sha256 hex of what a model reads and is asked to write: equal for two genomes that read the same.
 

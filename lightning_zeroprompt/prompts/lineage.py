@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lightning_zeroprompt.prompts.operators import Candidate
 
 __all__ = ["ancestors", "diversity", "origin_record"]
@@ -54,7 +56,12 @@ def diversity(texts: Sequence[str]) -> float:
         True
     """
     words = [set(text.split()) for text in texts]
-    shares = [
-        1 - len(one & other) / (len(one | other) or 1) for place, one in enumerate(words) for other in words[:place]
-    ]
-    return statistics.fmean(shares) if shares else 0.0
+    if len(words) < 2:
+        return 0.0
+    columns = {word: column for column, word in enumerate(set().union(*words))}
+    has = np.zeros((len(words), len(columns)), dtype=np.int32)
+    for row, own in zip(has, words, strict=True):
+        row[[columns[word] for word in own]] = 1
+    common, sizes = has @ has.T, has.sum(1)
+    shares = 1 - common / np.maximum(sizes[:, None] + sizes - common, 1)
+    return statistics.fmean(shares[np.tril_indices(len(words), -1)].tolist())

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_zeroprompt.prompts.significance import sign_test
+from lightning_zeroprompt.prompts.significance import sign_tests
 
 __all__ = ["Race", "RaceSettings", "Standing", "run_race"]
 
@@ -134,8 +134,9 @@ class Race:
             wanted = "no scores: the race is over" if asked is None else f"{(len(asked[0]), len(asked[1]))}"
             raise ValueError(f"scores of shape {values.shape} were given, the race wants {wanted}")
         alive, examples = asked
-        for index, row in zip(alive, values, strict=True):
-            if not np.isfinite(row).all():
+        finite = np.logical_and.reduce(np.isfinite(values), axis=1)
+        for index, row, is_finite in zip(alive, values, finite, strict=True):
+            if not is_finite:
                 self._left[index] = "refused"
                 continue
             self._values[index, examples.start : examples.stop] = row
@@ -182,16 +183,18 @@ class Race:
 
     def _drop(self, seen: int) -> None:
         alive = [index for index, reason in enumerate(self._left) if reason is None]
-        alive.sort(key=lambda index: (-self._mean(index), index))
         if not alive:
             return
+        values = self._values[alive, :seen]
+        means = values.mean(1).tolist()
+        order = sorted(range(len(alive)), key=lambda place: (-means[place], alive[place]))
         places = math.ceil(len(self._left) * self.settings.keep**self._block)
-        leader = self._values[alive[0], :seen]
-        for rank, index in enumerate(alive):
-            if sign_test(leader, self._values[index, :seen]).p_value < self.settings.drop_p:
-                self._left[index] = "behind the leader"
+        p_values = sign_tests(values[order[0]], values[order])
+        for rank, (place, p_value) in enumerate(zip(order, p_values, strict=True)):
+            if p_value < self.settings.drop_p:
+                self._left[alive[place]] = "behind the leader"
             elif rank >= max(places, self.settings.finalists):
-                self._left[index] = "halved"
+                self._left[alive[place]] = "halved"
 
 
 def run_race(

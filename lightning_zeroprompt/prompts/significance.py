@@ -16,13 +16,23 @@ bootstrap of 1,000 values (processor time, one busy core).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PairedTest", "beats_chance", "binomial_tail", "bootstrap_interval", "clopper_pearson", "holm", "sign_test"]
+__all__ = [
+    "PairedTest",
+    "beats_chance",
+    "binomial_tail",
+    "bootstrap_interval",
+    "clopper_pearson",
+    "holm",
+    "sign_test",
+    "sign_tests",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +52,7 @@ class PairedTest:
     p_value: float
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def binomial_tail(successes: int, trials: int, probability: float = 0.5) -> float:
     """Probability of ``successes`` or more in ``trials`` independent trials.
 
@@ -96,6 +107,22 @@ def sign_test(candidate: npt.ArrayLike, baseline: npt.ArrayLike) -> PairedTest:
     wins, losses = int((first > second).sum()), int((first < second).sum())
     p_value = binomial_tail(wins, wins + losses)
     return PairedTest(wins=wins, losses=losses, ties=len(first) - wins - losses, p_value=p_value)
+
+
+def sign_tests(candidate: npt.ArrayLike, baselines: npt.ArrayLike) -> list[float]:
+    """P-values of :func:`sign_test` for one candidate against each of several baselines.
+
+    Args:
+        candidate: [n], finite scores.
+        baselines: [m, n], finite scores of the same examples.
+
+    Example:
+        >>> sign_tests([1, 1], [[0, 1], [0, 0]]) == [sign_test([1, 1], row).p_value for row in ([0, 1], [0, 0])]
+        True
+    """
+    first, rows = np.asarray(candidate, dtype=np.float64), np.asarray(baselines, dtype=np.float64)
+    wins, losses = (first > rows).sum(1).tolist(), (first < rows).sum(1).tolist()
+    return [binomial_tail(won, won + lost) for won, lost in zip(wins, losses, strict=True)]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
