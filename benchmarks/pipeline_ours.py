@@ -7,6 +7,7 @@ links; every rank then has the same costs, makes the same plans, and simulates w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline_support import Bench, Measured, Step, loss_of
 from torch import Tensor
 
 from lightning_zeroprompt.pipeline.catalogue import build_schedule, is_listed
+from lightning_zeroprompt.pipeline.chain import Chain
 from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
 from lightning_zeroprompt.pipeline.executor import MicroBatch
 from lightning_zeroprompt.pipeline.find_chain import find_chain
@@ -62,8 +64,13 @@ _MOMENTS = 8
 # -- costs ------------------------------------------------------------------------------------------------------------
 
 
-def costs_of(bench: Bench) -> Costs:
-    """Measure this machine and model, or read what was measured before (``--costs``)."""
+def costs_of(bench: Bench, build: Callable[[], tuple[Chain, Callable[[], Any]]] | None = None) -> Costs:
+    """Measure this machine and model, or read what was measured before (``--costs``).
+
+    Args:
+        bench: All ranks call this together.
+        build: Makes the whole model on the device, and a function that runs one micro-batch of it; None is the GPT.
+    """
     if bench.args.costs is not None:
         return Costs.load(bench.args.costs)
     message, transport = _message_link(bench)
@@ -72,11 +79,10 @@ def costs_of(bench: Bench) -> Costs:
     action = max(bench.gather(measure_host_action(bench.device, bench.groups(1).pipeline)))
     text = None
     if bench.rank == 0:
-        model = bench.materialize(bench.model())
-        tokens = bench.tokens(1)
+        chain, step = (build or partial(_gpt, bench))()
         costs = profile_chain(
-            find_chain(model),
-            lambda: loss_of(model(tokens), tokens),
+            chain,
+            step,
             DeviceMeter(bench.device, repeats=10 if bench.cuda else 2),
             message=message,
             gather=gather,
@@ -92,8 +98,14 @@ def costs_of(bench: Bench) -> Costs:
         text = costs.to_json()
         if bench.args.save_costs is not None:
             costs.save(bench.args.save_costs)
-        del model
+        del chain, step
     return Costs.from_json(bench.gather(text)[0])
+
+
+def _gpt(bench: Bench) -> tuple[Chain, Callable[[], Tensor]]:
+    model = bench.materialize(bench.model())
+    tokens = bench.tokens(1)
+    return find_chain(model), lambda: loss_of(model(tokens), tokens)
 
 
 def _message_link(bench: Bench) -> tuple[Link, Any]:

@@ -3,9 +3,10 @@
 
 Cases (``--cases``), each for every M of ``--micro-batches``: ``limit``, every rank runs the whole T5 on its share of
 each batch's micro-batches in plain autograd and talks to nobody; and ``ZeroPPStrategy`` through the Trainer with the
-schedule of that name and ``--stages-per-rank``, or ``auto``. Forward and backward passes alone (the optimizer does
-nothing), bf16 parameters on GPUs, no dropout. Batches come from the DataModule, and fetching them counts in every case.
-The loss is that of the last batch that is timed, the token mean over all of it, and equal in all cases up to rounding.
+schedule of that name and ``--stages-per-rank``, or ``auto`` for estimated and ``auto-measured`` for measured costs.
+Forward and backward passes alone (the optimizer does nothing), bf16 parameters on GPUs, no dropout. Batches come from
+the DataModule, and fetching them counts in every case. The loss is that of the last batch that is timed, the token mean
+over all of it, and equal in all cases up to rounding.
 
 Example:
     zeroprompt-data compile --source parquet --path FOLDER --out corpus
@@ -21,13 +22,14 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from pipeline_lightning import NoStep, fit
+from pipeline_ours import costs_of
 from pipeline_support import Bench, Measured
 from torch import Tensor
 
@@ -38,6 +40,9 @@ from lightning_zeroprompt.data.sources.builtin import builtin_tasks
 from lightning_zeroprompt.data.tokenizer import ByteTokenizer
 from lightning_zeroprompt.models import Text2TextModule
 from lightning_zeroprompt.models.module import token_loss
+from lightning_zeroprompt.pipeline.chain import Chain
+from lightning_zeroprompt.pipeline.costs import Costs
+from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 from lightning_zeroprompt.strategies.auto import RECORDED_BATCH
 
@@ -87,10 +92,27 @@ def run_limit(bench: Bench, corpus: Corpus, micro_batches: int) -> Measured:
     return measured
 
 
+def costs(bench: Bench, corpus: Corpus) -> Costs:
+    """Of the T5's blocks, for one micro-batch of the first batch."""
+
+    def build() -> tuple[Chain, Callable[[], Tensor]]:
+        module = _module(bench, corpus)
+        module.configure_model()
+        module.to(device=bench.device, dtype=bench.dtype)
+        data = _data(bench, corpus, 1, 1)
+        data.setup("fit")
+        part = {name: value.to(bench.device) for name, value in next(iter(data.train_dataloader())).items()}
+        return find_chain(module), lambda: token_loss(module(part), part["labels"])
+
+    return costs_of(bench, build)
+
+
 def run_strategy(bench: Bench, corpus: Corpus, micro_batches: int, schedule: str) -> Measured:
     """``ZeroPPStrategy`` through the Trainer."""
     settings: dict[str, Any] = {"schedule": schedule, "num_microbatches": micro_batches}
-    if schedule != "auto":
+    if schedule == "auto-measured":
+        settings |= {"schedule": "auto", "costs": bench.costs}
+    elif schedule != "auto":
         settings["stages_per_rank"] = 1 if schedule in ("1f1b", "zb_h1") else bench.args.stages_per_rank
     data = _data(bench, corpus, micro_batches, bench.args.warmup + bench.args.steps + 1)
     return fit(bench, _module(bench, corpus), ZeroPPStrategy(bench.world, **settings), data, bench.args.warmup)
@@ -102,7 +124,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, help="compiled; default: the built-in tasks, in bytes")
     parser.add_argument("--size", default="small")
     parser.add_argument("--tiny", action="store_true", help="a tiny T5, few steps: does it run")
-    parser.add_argument("--cases", default="limit,zeropp,zbv,1f1b,auto")
+    parser.add_argument("--cases", default="limit,zeropp,zbv,1f1b,auto,auto-measured")
     parser.add_argument("--stages-per-rank", type=int, default=2)
     parser.add_argument("--micro-batches", default="8", help="M, comma-separated")
     parser.add_argument("--rows", type=int, default=16, help="of a micro-batch")
@@ -111,6 +133,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=RECORDED_BATCH + 2, help="auto plans anew in it")
     parser.add_argument("--compile", action="store_true", help="the layers of all cases")
+    parser.add_argument("--nccl", action="store_true", help="measure messages by NCCL")
+    parser.add_argument("--costs", type=Path, help="costs measured before, instead of measuring them")
+    parser.add_argument("--save-costs", type=Path, help="write the costs that were measured")
     parser.add_argument("--timeout-s", type=float, default=300, help="of collectives")
     if parser.parse_known_args(argv)[0].tiny:
         parser.set_defaults(size="nano", rows=2, encoder_length=64, decoder_length=16, steps=2)
@@ -132,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             corpus = compile_tasks(tasks, Path(folder) / "corpus", tokenizer=ByteTokenizer(), progress=False)
         else:
             corpus = Corpus.open(args.corpus)
+        if "auto-measured" in args.cases.split(","):
+            bench.costs = costs(bench, corpus)
         for count in map(int, args.micro_batches.split(",")):
             limit = None
             for case in args.cases.split(","):

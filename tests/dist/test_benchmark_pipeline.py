@@ -24,8 +24,9 @@ def run(script, *given):
 
 
 def test_t5():
-    found = run("pipeline_t5.py", "--cases", "limit,zeropp,auto")["results"]
-    assert [entry["case"] for entry in found] == ["limit", "zeropp", "auto"]
+    cases = ["limit", "zeropp", "auto", "auto-measured"]
+    found = run("pipeline_t5.py", "--cases", ",".join(cases))["results"]
+    assert [entry["case"] for entry in found] == cases
     assert all(entry["ms"] > 0 and entry["of_limit"] > 0 for entry in found)
     assert len({entry["loss"] for entry in found}) == 1
 
