@@ -205,6 +205,17 @@ def test_costs_with_gaps_are_named(costs, tmp_path, capsys):
     assert "blocks[0].weight is missing" in fails(capsys, "--costs", path, "--ranks", 2)
 
 
+def test_a_limit_goes_with_the_costs_that_it_is_compared_with(costs, capsys):
+    _, path = costs
+    text = printed(capsys, "--costs", path, "--ranks", 2, "--micro-batches", 8, "--memory", "20GiB")
+    pasted = next(line for line in text.splitlines() if line.startswith("strategy = "))
+    wanted = "schedule='auto'" in pasted
+    assert wanted == (f"memory_limit={20 * 2**30}" in pasted)
+    assert wanted, "choose costs for which an order that is in no catalogue wins"
+    names = {"ZeroPPStrategy": lightning_zeroprompt.strategies.ZeroPPStrategy}
+    eval(pasted.removeprefix("strategy = "), names)  # noqa: S307 - what a user pastes
+
+
 def test_quantities():
     assert parse_bytes("80GiB") == 80 * 2**30
     assert parse_bytes("80 GB") == 80e9
