@@ -208,8 +208,8 @@ def test_costs_with_gaps_are_named(costs, tmp_path, capsys):
 
 def test_a_limit_goes_with_the_costs_that_it_is_compared_with(costs, tmp_path, capsys):
     # A head that weighs more than a block: the best order is in no catalogue.
-    replace(costs[0], behind=BlockCosts(1.7e-3, 1.1e-3, 1.3e-3)).save(tmp_path / "uneven.json")
-    given = ("--costs", tmp_path / "uneven.json", "--ranks", 2, "--micro-batches", 3, "--memory", "20GiB")
+    replace(costs[0], behind=BlockCosts(2.4e-3, 3e-3, 2e-3)).save(tmp_path / "uneven.json")
+    given = ("--costs", tmp_path / "uneven.json", "--ranks", 2, "--micro-batches", 4, "--memory", "20GiB")
     lines = printed(capsys, *given).splitlines()
     pasted = next(line for line in lines if line.startswith("strategy = "))
     assert "schedule='auto'" in pasted
