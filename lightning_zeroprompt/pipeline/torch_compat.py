@@ -13,6 +13,7 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``saving_is_hooked`` says whether a checkpoint, or offloading, handles what autograd saves.
 * ``keep_busy``, ``fused_attention`` and ``storage_key`` are for measuring blocks and for counting them on the meta
   device.
+* ``keep_compiled_buffers`` is for tensors that compiled code makes and others read.
 * ``map_peers`` gives memory that other processes of the host map too (symmetric memory).
 * ``forget_process_groups`` lets a process be a rank of one world after another.
 * ``shard_like`` and ``SafeFileSystemReader`` are for checkpoints: shards without messages, folders without pickles.
@@ -63,6 +64,7 @@ __all__ = [
     "gather_stage",
     "is_compiled",
     "keep_busy",
+    "keep_compiled_buffers",
     "map_peers",
     "reduce_gradients",
     "saving_is_hooked",
@@ -412,6 +414,23 @@ class _UnshardedGradBuffer:
             self._param.unsharded_accumulated_grad = grad.to(self._param.reduce_dtype)
         else:
             held += grad
+
+
+def keep_compiled_buffers() -> None:
+    """Let compiled code neither reuse a buffer for another tensor nor write over one that it reads no more.
+
+    For what outlives the code that made it without the compiler's knowing. It holds for all that is compiled from here
+    on in this process.
+    """
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    for settings, name in (
+        (inductor, "allow_buffer_reuse"),
+        (inductor, "inplace_buffers"),
+        (functorch, "donated_buffer"),
+    ):
+        setattr(settings, name, False)
 
 
 def keep_busy(seconds: float) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_zeroprompt.pipeline.compiled_linear import compiled_linear, register_linears
 from lightning_zeroprompt.pipeline.torch_compat import saving_is_hooked
 
 __all__ = ["DeferredLinear", "GradBuffer", "WeightGradStore", "defer_linears", "restore_linears"]
@@ -75,6 +76,7 @@ class WeightGradStore:
 
     _recording: WeightGradStore | None = None
     """The store that records now; backward passes run in threads of their own, so that this is no thread's property."""
+    _records = False
 
     def __init__(self, grad_buffer: Callable[[Tensor], GradBuffer | None] | None = None) -> None:
         self._grad_buffer = grad_buffer
@@ -94,11 +96,11 @@ class WeightGradStore:
 
         A checkpointed block runs its forward pass again in the backward pass, and must find the same state there.
         """
-        outer, WeightGradStore._recording = WeightGradStore._recording, self
+        outer, WeightGradStore._recording, WeightGradStore._records = WeightGradStore._recording, self, True
         try:
             yield
         finally:
-            WeightGradStore._recording = outer
+            WeightGradStore._recording, WeightGradStore._records = outer, outer is not None
 
     def take(self) -> Callable[[], None]:
         """Hand over what was collected since the last call.
@@ -209,16 +211,31 @@ class DeferredLinear(nn.Linear):
         Returns:
             ``(..., out_features)``.
         """
+        if torch.compiler.is_compiling():
+            return self._compiled(input)
         store = WeightGradStore._recording
         # Straight from the table: a module's attributes are looked up by slow Python. What is computed is not in it.
         own = self._parameters
         weight, bias = own.get("weight"), own.get("bias")
         if store is None or "bias" not in own or not _defers(weight, bias):
             return super().forward(input)
-        return (_uncompiled if torch.compiler.is_compiling() else _defer)(input, weight, bias, store)
+        return _defer(input, weight, bias, store)
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        # Whether a store records, and not which one: compiled code would be made anew for each.
+        if not WeightGradStore._records or not _defers(weight, bias):
+            return super().forward(x)
+        if x.requires_grad and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return compiled_linear(x, weight, bias)
+        result: Tensor = _uncompiled(x, weight, bias)
+        return result
 
 
-def _defer(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStore) -> Tensor:
+def _defer(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStore | None = None) -> Tensor:
+    store = store or WeightGradStore._recording
+    if store is None:
+        return F.linear(x, weight, bias)
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     shape = x.shape
     # Without a gradient to make there would be no node to be told of one; autocast would cast, and save, the weight
@@ -239,9 +256,18 @@ def _defer(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStor
 
 
 _uncompiled = torch.compiler.disable(_defer)  # type: ignore[no-untyped-call]
-"""Compiled code ends in front of a Linear and goes on behind it: what lives within compiled code has no node to hook,
-and a compiled backward pass may write over the pair that W needs. Made once, since each call of ``disable`` makes one
-more wrapper; without compilers ``_defer`` is called, whose host time counts."""
+"""Compiled code ends in front of a Linear and goes on behind it. Made once: each call of ``disable`` makes one more
+wrapper."""
+
+
+def _put_aside(x: Tensor, grad_output: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """What compiled code does with a pair."""
+    store = WeightGradStore._recording
+    pair = _Pending(x, grad_output, weight, bias, (x._version, grad_output._version))
+    if store is None:
+        WeightGradStore()._add(pair)
+    else:
+        store._pending.append(pair)
 
 
 def _defers(weight: Tensor | None, bias: Tensor | None) -> TypeGuard[Tensor]:
@@ -266,7 +292,9 @@ def defer_linears(module: nn.Module) -> int:
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = DeferredLinear
-    return sum(isinstance(part, DeferredLinear) for part in module.modules())
+    deferred = [part for part in module.modules() if isinstance(part, DeferredLinear)]
+    register_linears(deferred, _put_aside)
+    return len(deferred)
 
 
 def restore_linears(module: nn.Module) -> None:
