@@ -5,7 +5,8 @@ While a ``WeightGradStore`` records, an ``nn.Linear`` runs with its weight detac
 of its input alone, and a hook in front of that appends the pair (input, gradient of the output), detached, to the store
 instead of multiplying it out. Where a hook would not do (no gradient for the input, autocast, checkpoints), an
 ``autograd.Function`` does the same; in compiled code an operator does (``compiled_linear``). ``take`` hands over what
-has been appended as a function; calling it is the W of that micro-batch. This is what ``PipelineStage(dw_builder=...)`` of torch asks for.
+has been appended as a function; calling it is the W of that micro-batch. This is what
+``PipelineStage(dw_builder=...)`` of torch asks for.
 
 Alternatives: torch's own split walks the autograd graph once a parameter group. A prototype of this engine ran the same
 orders at 0.57 to 0.84 of the no-bubble limit with it, and at 0.92 to 0.98 with deferred Linears (two H200, 2.7B
