@@ -11,10 +11,16 @@ Cases (``--cases``, comma-separated; ``--list`` prints them all):
 * ``limit``: every rank runs the whole model on its share of the micro-batches in plain autograd and talks to nobody.
 * ours on the bare executor, such as ``zeropp-v2-u4`` (2 stages a rank, units of 4); ``fsdp-v8`` is P=1 with blockwise
   gathering over all ranks;
-* ``lightning:`` and one of ours: the same through ``Trainer(strategy=ZeroPPStrategy(...))`` and an optimizer that does
-  nothing, timed from one batch's start to the next;
+* ``auto``: what the planner chooses for costs that were measured in this run (or given with ``--costs``), and
+  ``auto-limit``: the same with memory limited to 1.15 x the measured peak of ``1f1b``, which has to run before;
+* ``lightning:`` and one of ours, or ``auto``: the same through ``Trainer(strategy=ZeroPPStrategy(...))`` and an
+  optimizer that does nothing, timed from one batch's start to the next;
 * ``torch-...``: the schedules of ``torch.distributed.pipelining``;
 * ``fsdp2-zero3`` and ``fsdp2-zero2``: ``fully_shard`` of every layer, with and without resharding after its forward.
+
+With ``--predict``, or where a plan is among the cases, costs are measured first, and every case of ours on the bare
+executor says how far its step time and its peak memory are from what the simulator made of them. With ``--compile`` the
+layers of all cases are compiled, ours with split backward passes.
 
 TFLOP/s count 6 operations a parameter and token; ``of limit`` is the limit's step time over the case's. With
 ``--growth 200`` so many steps run, and the memory held after a tenth of them and after all is compared.
@@ -22,6 +28,7 @@ TFLOP/s count 6 operations a parameter and token; ``of limit`` is the limit's st
 Example:
     torchrun --nproc-per-node 2 benchmarks/pipeline.py --model 2.7b --blocks half
     torchrun --nproc-per-node 2 benchmarks/pipeline.py --model 2.7b --cases zeropp-v2,zbv --micro-batches 8 --growth 200
+    torchrun --nproc-per-node 2 benchmarks/pipeline.py --model 2.7b --cases limit,1f1b,auto,auto-limit
     torchrun --nproc-per-node 2 benchmarks/pipeline.py --tiny --device cpu
 """
 
@@ -40,46 +47,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from pipeline_support import Bench, Clock, Gpt, Measured, Step, loss_of
+from pipeline_lightning import run_lightning
+from pipeline_ours import OURS, PLANNED, costs_of, run_ours, run_planned
+from pipeline_support import Bench, Measured, loss_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_zeroprompt.pipeline.catalogue import build_schedule, is_listed
-from lightning_zeroprompt.pipeline.executor import MicroBatch
 from lightning_zeroprompt.pipeline.find_chain import find_chain
-from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS
-from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
-from lightning_zeroprompt.pipeline.recorder import StepRecorder
-from lightning_zeroprompt.pipeline.render import timeline_text, write_timeline
+from lightning_zeroprompt.pipeline.pipeline import cut_chain
 from lightning_zeroprompt.pipeline.schedule import Placement
-from lightning_zeroprompt.pipeline.timeline import align
-from lightning_zeroprompt.strategies import ZeroPPStrategy
 
 MODELS = {"2.7b": (2560, 32), "6.7b": (4096, 32), "tiny": (32, 8)}
 """Width and layers."""
 
-OURS: dict[str, dict[str, Any]] = {
-    "zeropp-v2": {"schedule": "zeropp", "stages_per_rank": 2},
-    "zeropp-v2-u4": {"schedule": "zeropp", "stages_per_rank": 2, "unit": 4},
-    "zeropp-v4": {"schedule": "zeropp", "stages_per_rank": 4},
-    "zeropp-vshape": {"schedule": "zeropp", "stages_per_rank": 2, "vshape": True},
-    "overlap-u4-cap8": {"schedule": "zeropp_overlap", "stages_per_rank": 2, "unit": 4, "cap": 8},
-    "overlap-u2-cap5": {"schedule": "zeropp_overlap", "stages_per_rank": 2, "unit": 2, "cap": 5},
-    "zbv": {"schedule": "zbv", "stages_per_rank": 2},
-    "zb-h1": {"schedule": "zb_h1", "stages_per_rank": 1},
-    "1f1b": {"schedule": "1f1b", "stages_per_rank": 1},
-    "interleaved-v4": {"schedule": "interleaved_1f1b", "stages_per_rank": 4},
-    "bfs-v4": {"schedule": "breadth_first", "stages_per_rank": 4},
-    "fsdp-v8": {"schedule": "zeropp", "stages_per_rank": 8, "pipeline": 1},
-}
 TORCH: dict[str, tuple[str, int, bool]] = {
     "torch-1f1b": ("Schedule1F1B", 1, False),
     "torch-interleaved-v4": ("ScheduleInterleaved1F1B", 4, False),
@@ -91,8 +76,9 @@ TORCH: dict[str, tuple[str, int, bool]] = {
 """Class, stages a rank, V-shaped placement."""
 
 PEERS = ("limit", *TORCH, "fsdp2-zero3", "fsdp2-zero2")
-ALL = ("limit", *OURS, *(f"lightning:{name}" for name in OURS), *PEERS[1:])
-DEFAULT = ("limit", *OURS, "lightning:zeropp-v2", "lightning:zbv", *PEERS[1:])
+LIGHTNING = tuple(f"lightning:{name}" for name in (*OURS, "auto"))
+ALL = ("limit", *OURS, *PLANNED, *LIGHTNING, *PEERS[1:])
+DEFAULT = ("limit", *OURS, *PLANNED, "lightning:zeropp-v2", "lightning:zbv", "lightning:auto", *PEERS[1:])
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
@@ -160,135 +146,13 @@ def run_torch(bench: Bench, micro_batches: int, *, name: str, per_rank: int, vsh
     return bench.time(step)
 
 
-def split_settings(bench: Bench, micro_batches: int, settings: dict[str, Any]) -> tuple[int, int, dict[str, Any]]:
-    """P, micro-batches of one pipeline, and the schedule's settings for so many."""
-    ranks = settings.get("pipeline", bench.world)
-    count = max(1, micro_batches * ranks // bench.world)
-    rest = {name: value for name, value in settings.items() if name != "pipeline"}
-    if "unit" in rest:
-        rest["unit"] = min(rest["unit"], count)
-    return ranks, count, rest
-
-
-def run_ours(bench: Bench, micro_batches: int, *, name: str) -> Measured:
-    ranks, count, settings = split_settings(bench, micro_batches, OURS[name])
-    per_rank, kind = settings["stages_per_rank"], settings.pop("schedule")
-    resident = min(2, per_rank) if kind.startswith("zeropp") else None
-    costs = TYPICAL_COSTS if is_listed(kind, settings.get("vshape", False)) else None
-    schedule = build_schedule(kind, ranks=ranks, micro_batches=count, resident=resident, costs=costs, **settings)
-    model = bench.model()
-    chain = find_chain(model)
-    cuts = cut_chain(chain, schedule.placement)
-    pipeline = Pipeline(
-        chain, schedule.placement, cuts, bench.groups(ranks), bench.device, peer_copies=not bench.args.nccl
-    )
-    pipeline.prepare()
-    parts = bench.tokens(count).chunk(count)
-    given = [MicroBatch(tuple(part.shape), partial(pipeline.chain.capture, partial(model, part))) for part in parts]
-    parameters = list(pipeline.parameters().values())
-    losses: list[Tensor] = []
-
-    def loss(output: Tensor, index: int) -> Tensor:
-        value = loss_of(output, parts[index]) / count
-        losses.append(value.detach())
-        return value
-
-    def step() -> Tensor | None:
-        losses.clear()
-        for parameter in parameters:
-            parameter.grad = None
-        pipeline.train_step(schedule, given, loss)
-        return torch.stack(losses).sum() if losses else None
-
-    measured = bench.time(step)
-    if bench.args.timeline is not None:
-        record(bench, pipeline, step, f"{name}_m{micro_batches}")
-    return measured
-
-
-def record(bench: Bench, pipeline: Pipeline, step: Step, name: str) -> None:
-    """Write and print the timeline of one more step."""
-    recorder = pipeline.executor.recorder = StepRecorder(bench.device)
-    step()
-    pipeline.executor.recorder = None
-    lanes = bench.gather(recorder.result())
-    if bench.rank == 0:
-        timeline = align(lanes)
-        write_timeline(timeline, bench.args.timeline, name, title=name)
-        print(timeline_text(timeline, 160), flush=True)
-
-
-class _Module(pl.LightningModule):
-    def __init__(self, gpt: Gpt) -> None:
-        super().__init__()
-        self.gpt = gpt
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return loss_of(self.gpt(batch[0]), batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return _NoStep(self.parameters(), lr=0.0)
-
-
-class _NoStep(torch.optim.SGD):
-    """Runs the closure, forward and backward passes, and changes nothing: the bare executor has no optimizer either."""
-
-    def step(self, closure: Any = None) -> Any:
-        return None if closure is None else closure()
-
-
-class _TimeBatches(pl.Callback):
-    """From one batch's start to the next: what the Trainer does between batches counts."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench, self.clock, self._seen = bench, Clock(bench), 0
-        self.loss: Tensor | None = None
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        if self._seen > self._bench.args.warmup:
-            self.clock.stop()
-        elif self._seen == self._bench.args.warmup:
-            self._bench.synchronize()
-            self._bench.reset_peak()
-        if self._bench.args.warmup <= self._seen:
-            self.clock.start()
-        self._seen += 1
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        self.loss = outputs["loss"]  # type: ignore[index]
-
-
-def run_lightning(bench: Bench, micro_batches: int, *, name: str) -> Measured:
-    ranks, count, settings = split_settings(bench, micro_batches, OURS[name])
-    timer = _TimeBatches(bench)
-    # One batch more: a step ends where the next one starts.
-    batches = bench.args.warmup + bench.args.steps + 1
-    trainer = pl.Trainer(
-        strategy=ZeroPPStrategy(ranks, bench.world // ranks, num_microbatches=count, **settings),
-        accelerator=bench.device.type,
-        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
-        num_nodes=bench.world // int(os.environ["LOCAL_WORLD_SIZE"]),
-        precision="bf16-true" if bench.cuda else "32-true",
-        max_steps=batches,
-        callbacks=[timer],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    rows = bench.tokens(count).cpu()
-    every = TensorDataset(rows.repeat(batches * bench.world // ranks, 1))
-    trainer.fit(_Module(bench.model()), DataLoader(every, len(rows)))
-    return timer.clock.measured(None if timer.loss is None else float(timer.loss))
-
-
 def case(name: str) -> Callable[[Bench, int], Measured]:
     if name == "limit":
         return run_limit
     if name in OURS:
         return partial(run_ours, name=name)
+    if name in PLANNED:
+        return partial(run_planned, limited=name == "auto-limit")
     if name.startswith("lightning:"):
         return partial(run_lightning, name=name.removeprefix("lightning:"))
     if name in TORCH:
@@ -332,8 +196,16 @@ def attempt(bench: Bench, name: str, micro_batches: int) -> dict[str, Any]:
         "tflops_per_gpu": round(6 * parameters * tokens / median / bench.world / 1e12, 2),
         "loss": next((round(each.loss, 3) for each in all_measured if each.loss is not None), None),
     }
+    predicted = [each.predicted for each in all_measured if each.predicted]
+    if predicted:
+        # Ranks begin with different memory held.
+        seconds_of, held_of = predicted[0][0], max(held for _, held in predicted)
+        result |= {"predicted_ms": round(seconds_of * 1e3, 2), "time_error": round(seconds_of / median - 1, 3)}
     if bench.cuda:
-        result["peak_gib"] = round(max(each.peaks[1] for each in all_measured if each.peaks) / 2**30, 2)
+        peak = bench.peaks[name, micro_batches] = max(each.peaks[1] for each in all_measured if each.peaks)
+        result["peak_gib"] = round(peak / 2**30, 2)
+        if predicted:
+            result |= {"predicted_gib": round(held_of / 2**30, 2), "memory_error": round(held_of / peak - 1, 3)}
     if args.growth:
         held = [each.held for each in all_measured if each.held]
         peaks = [each.peaks for each in all_measured if each.peaks]
@@ -355,6 +227,10 @@ def line(result: dict[str, Any], limit: float | None) -> str:
         text += f"  of limit {result['of_limit']:.3f}"
     if "peak_gib" in result:
         text += f"  peak {result['peak_gib']:6.2f} GiB"
+    if "time_error" in result:
+        text += f"  predicted {result['predicted_ms']:.1f} ms ({result['time_error']:+.1%})"
+    if "memory_error" in result:
+        text += f", {result['predicted_gib']:.2f} GiB ({result['memory_error']:+.1%})"
     if "growth_bytes" in result:
         text += f"  growth {result['growth_bytes']:,} bytes held, {result['growth_peak_bytes']:,} at the peak"
     return text
@@ -377,6 +253,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--growth", type=int, default=0, help="so many steps, and how memory grew")
     parser.add_argument("--nccl", action="store_true", help="our cases on the bare executor send by NCCL alone")
     parser.add_argument("--timeline", type=Path, help="write timelines of our cases on the bare executor into a folder")
+    parser.add_argument("--predict", action="store_true", help="measure costs, and predict our cases from them")
+    parser.add_argument("--costs", type=Path, help="costs measured before, instead of measuring them")
+    parser.add_argument("--save-costs", type=Path, help="write the costs that were measured")
+    parser.add_argument("--compile", action="store_true", help="the layers of all cases")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start nothing after so many seconds")
     parser.add_argument("--timeout-s", type=float, default=300, help="of collectives")
     parser.add_argument("--traceback", action="store_true", help="of cases that fail")
@@ -404,6 +284,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = Bench(args)
     device = torch.cuda.get_device_name(bench.device) if bench.cuda else "cpu"
     bench.say(f"{bench.world} x {device}, torch {torch.__version__}, {args.model}, blocks: {args.blocks}")
+    if args.predict or args.costs or {*PLANNED, "lightning:auto"} & set(args.cases):
+        begun = time.perf_counter()
+        bench.costs = costs_of(bench)
+        counts = [int(count) for count in args.micro_batches.split(",")]
+        ideal = ", ".join(f"M={m}: {1e3 * bench.costs.ideal_seconds(bench.world, m):.1f} ms" for m in counts)
+        bench.say(f"costs in {time.perf_counter() - begun:.1f} s; no-bubble step of all measured work: {ideal}")
+        for name in ("message", "gather", "reduce", "host_action"):
+            bench.say(f"{name}: {getattr(bench.costs, name)}")
     started, results = time.perf_counter(), []
     for count in map(int, args.micro_batches.split(",")):
         limit = None

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_zeroprompt.pipeline.costs import Costs
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 
 __all__ = ["Bench", "Clock", "Gpt", "Measured", "Step", "loss_of"]
@@ -96,6 +97,8 @@ class Measured:
     loss: float | None
     held: tuple[int, int] | None = None
     peaks: tuple[int, int] | None = None
+    predicted: tuple[float, int] | None = None
+    """Seconds of a step and the most bytes of a rank, from costs."""
 
 
 Step = Callable[[], Tensor | None]
@@ -120,6 +123,9 @@ class Bench:
         # Small objects travel on the CPU, whatever a failed case has left of NCCL.
         self.control = dist.new_group(backend="gloo")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.costs: Costs | None = None
+        self.peaks: dict[tuple[str, int], int] = {}
+        """Bytes of the rank with most, of cases that have run, by name and micro-batches."""
         self._groups: dict[Layout, ProcessGroups] = {}
 
     def groups(self, pipeline: int) -> ProcessGroups:
@@ -150,7 +156,11 @@ class Bench:
         """On the meta device, in the type it runs in; its first values are drawn anew from one seed a rank."""
         torch.manual_seed(self.rank)
         with torch.device("meta"):
-            return Gpt(self.args, halves=self.args.blocks == "half" if halves is None else halves).to(self.dtype)
+            gpt = Gpt(self.args, halves=self.args.blocks == "half" if halves is None else halves).to(self.dtype)
+        if self.args.compile:
+            for layer in gpt.blocks[1:-1]:
+                layer.compile()
+        return gpt
 
     def materialize(self, module: Part) -> Part:
         """Give memory and first values to a module on the meta device."""
@@ -170,6 +180,7 @@ class Bench:
         """Bytes held now, and the most since the last reset; on a CPU what live tensors hold, twice."""
         if self.cuda:
             return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        gc.unfreeze()  # or they would not be found
         gc.collect()
         tensors = [part for part in gc.get_objects() if type(part) in (Tensor, nn.Parameter) and not part.is_meta]
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors}
@@ -182,6 +193,9 @@ class Bench:
 
     def time(self, step: Step) -> Measured:
         """Warm up, then time steps."""
+        # As the strategy does: collections would walk over every object of all modules in the midst of a step.
+        gc.collect()
+        gc.freeze()
         for _ in range(self.args.warmup):
             step()
         self.synchronize()
@@ -191,6 +205,7 @@ class Bench:
             clock.start()
             loss = step()
             clock.stop()
+        gc.unfreeze()
         return clock.measured(None if loss is None else float(loss))
 
 

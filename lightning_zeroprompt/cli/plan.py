@@ -144,8 +144,12 @@ def _arguments(candidate: Candidate, found: Plan) -> dict[str, Any]:
     return replace(found, best=candidate).strategy_arguments()
 
 
-def _call(arguments: dict[str, Any], costs: Path | None) -> str:
-    given = {**arguments, **({"costs": str(costs)} if arguments["schedule"] == _AUTO and costs is not None else {})}
+def _call(arguments: dict[str, Any], costs: Path | None, memory_limit: int | None = None) -> str:
+    given = dict(arguments)
+    if arguments["schedule"] == _AUTO and costs is not None:
+        given["costs"] = str(costs)
+        if memory_limit is not None:
+            given["memory_limit"] = memory_limit
     return f"ZeroPPStrategy({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
@@ -153,17 +157,16 @@ def _paste(console: Console, found: Plan, costs: Path | None) -> None:
     """What to write in one's own program."""
     lines = ["from lightning_zeroprompt.strategies import ZeroPPStrategy", ""]
     arguments = found.strategy_arguments()
-    lines.append(f"strategy = {_call(arguments, costs)}")
+    lines.append(f"strategy = {_call(arguments, costs, found.memory_limit)}")
     if arguments["schedule"] == _AUTO:
         if costs is None:
-            lines.append('# With --save-costs FILE here and costs="FILE" there, this plan is what "auto" starts from.')
+            words = " and memory_limit=" if found.memory_limit is not None else ""
+            lines.append(f'# With --save-costs FILE here and costs="FILE"{words} there, "auto" starts from this plan.')
         fixed = [each for each in found.candidates if each.arguments is not None and _fits(each, found)]
         if fixed:
             words = f"{_time(fixed[0].seconds)}, {_size(fixed[0].peak_bytes)} GiB"
             lines.append(f"# The fastest published schedule ({words}):")
             lines.append(f"# strategy = {_call(_arguments(fixed[0], found), None)}")
-        if found.memory_limit is not None:
-            lines.append('# "auto" plans for speed alone; where the limit is near, use the published one.')
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 
 

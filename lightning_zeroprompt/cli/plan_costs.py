@@ -25,7 +25,8 @@ from torch import nn
 from lightning_zeroprompt.pipeline.costs import Costs, Link
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.invented import GPT_SHAPES, GptShape, gpt_costs
-from lightning_zeroprompt.pipeline.profiler import FlopMeter, profile_chain
+from lightning_zeroprompt.pipeline.meters import FlopMeter
+from lightning_zeroprompt.pipeline.profiler import profile_chain
 
 __all__ = ["costs_of", "parse_bandwidth", "parse_batch", "parse_bytes", "parse_operations", "parse_seconds"]
 

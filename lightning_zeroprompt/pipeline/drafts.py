@@ -81,21 +81,36 @@ class Setting:
             for stage in self.stages
         ]
 
+    @cached_property
+    def late_bytes(self) -> list[float]:
+        """For each stage the part of its state that its first W makes."""
+        alone = self.data_parallel == 1
+        return [float(min(stage.gradients, stage.state)) if alone else 0.0 for stage in self.stages]
+
     def fixed_bytes(self, rank: int, resident: int) -> float:
-        """What a rank holds besides activations and weight inputs, at most."""
-        own = [self.stages[stage] for stage in self.placement.stages_of(rank)]
-        held = sum(stage.state for stage in own) / self.data_parallel
+        """What a rank holds besides activations, weight inputs and what comes late, at most."""
+        stages = self.placement.stages_of(rank)
+        own = [self.stages[stage] for stage in stages]
+        held = sum(stage.state for stage in own) / self.data_parallel - sum(self.late_bytes[stage] for stage in stages)
         held += max(stage.workspace for stage in own) + 2 * max(stage.output for stage in self.stages)
         if self.data_parallel > 1:
             held += sum(sorted(stage.parameters for stage in own)[-resident:])
             held += sum(sorted(stage.gradients for stage in own)[-2:])
         return held
 
-    def room(self, resident: int) -> list[float] | None:
-        """For each rank what the limit leaves for activations; None without one."""
+    def room(self, resident: int, *, late: bool) -> list[float] | None:
+        """For each rank what the limit leaves for activations; None without one.
+
+        Args:
+            resident: K.
+            late: Leave room for what comes late too, at any time.
+        """
         if self.memory_limit is None or not any(stage.activations for stage in self.stages):
             return None
-        return [self.memory_limit - self.fixed_bytes(rank, resident) for rank in range(self.placement.ranks)]
+        left = [self.memory_limit - self.fixed_bytes(rank, resident) for rank in range(self.placement.ranks)]
+        for stage, held in enumerate(self.late_bytes if late else ()):
+            left[self.placement.rank_of(stage)] -= held
+        return left
 
     def orders(self, *, keep: bool, resident: int) -> Orders:
         """What judges orders in this setting."""
@@ -109,7 +124,8 @@ class Setting:
             self.micro_batches,
             self.list_costs,
             tails=tails,
-            limits=self.room(resident),
+            limits=self.room(resident, late=False),
+            gradients=self.late_bytes,
             resident_order=keep,
         )
 
@@ -230,7 +246,7 @@ def listed(setting: Setting) -> Iterator[Draft]:
 
 def _list(setting: Setting, unit: int, resident: int, cap: float | None, patience: float) -> Order | None:
     """A list schedule that holds what the cap and the memory limit allow; None where there is none."""
-    ranks, room = setting.placement.ranks, setting.room(resident)
+    ranks, room = setting.placement.ranks, setting.room(resident, late=True)
     capped = None if cap is None else [cap] * ranks
     ways = [capped]
     if room is not None:

@@ -202,20 +202,14 @@ class _Stage(StageBase):
     def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
         self._output_grads[mb_index] = next_stage_bwd_outputs
 
-    def backward_maybe_with_nosync(
-        self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
-    ) -> tuple[tuple[Tensor | None, ...], Any]:
-        inputs = [value for value in bwd_kwargs["input_values"] if isinstance(value, Tensor)]
-        outputs, grads = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = (None,) * len(outputs) if grads is None else grads
+    def propagate(
+        self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], inputs: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
         pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
         if pairs:
             torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
         # Zeros where a stage does not use what it is given: the stage before waits for a gradient.
-        return tuple(
-            (torch.zeros_like(x) if x.grad is None else x.grad) if x.requires_grad else None for x in inputs
-        ), None
+        return tuple((torch.zeros_like(x) if x.grad is None else x.grad) if x.requires_grad else None for x in inputs)
 
     def reduce(self) -> None:
         if self._sharded:

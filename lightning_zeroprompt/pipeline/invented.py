@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from lightning_zeroprompt.pipeline.costs import Costs, Link
 from lightning_zeroprompt.pipeline.find_chain import find_chain
-from lightning_zeroprompt.pipeline.profiler import Meter, profile_chain
+from lightning_zeroprompt.pipeline.meters import Meter
+from lightning_zeroprompt.pipeline.profiler import profile_chain
 
 __all__ = ["GPT_SHAPES", "GptShape", "gpt_costs"]
 

@@ -42,7 +42,8 @@ class Orders:
         micro_batches: M.
         costs: Of each stage.
         tails: For each rank, time behind its last task.
-        limits: For each rank, the most memory of activations and weight inputs; None for no limit.
+        limits: For each rank, the most memory of activations, weight inputs and gradients; None for no limit.
+        gradients: For each stage, what its first W makes and a step keeps; None is nothing.
         resident_order: Keep the order of F and B, and so the gathers, as they are: W alone move.
     """
 
@@ -54,11 +55,13 @@ class Orders:
         *,
         tails: Sequence[float],
         limits: Sequence[float] | None = None,
+        gradients: Sequence[float] | None = None,
         resident_order: bool = False,
     ) -> None:
         stages, self._micro_batches = placement.stages, micro_batches
         self.count = stages * micro_batches
         self._ranks, self._tails, self._limits = placement.ranks, tails, limits
+        self._gradients = [0.0] * stages if gradients is None else gradients
         self.resident_order = resident_order
         owner = [placement.rank_of(stage) for stage in range(stages)]
         self.duration: list[float] = []
@@ -161,7 +164,12 @@ class Orders:
         if self._limits is None:
             return True
         held, limit, change = 0.0, self._limits[rank] * (1 + 1e-9), self._change
+        weights, late = 2 * self.count, list(self._gradients)
         for number in numbers:
+            if number >= weights:
+                stage = (number - weights) // self._micro_batches
+                held += late[stage]
+                late[stage] = 0.0
             held += change[number]
             if held > limit:
                 return False

@@ -70,8 +70,9 @@ def most_held(schedule: Schedule, rank: int) -> Held:
 def peak_bytes(tasks: Sequence[Task], stages: Sequence[BlockCosts], own: Sequence[int], data_parallel: int) -> int:
     """The most memory that a rank holds at once in a step.
 
-    Allocations follow the order in which the host walks the list, so no times are needed. With nothing sharded, weights
-    and gradients are part of the state; else a stage's whole gradients live from its first B of a unit to the REDUCE.
+    Allocations follow the order in which the host walks the list, so no times are needed. A step begins without
+    gradients. With nothing sharded, those of a stage are made by its first W; else its whole gradients live from its
+    first B of a unit to the REDUCE, and shards of them from its first REDUCE on.
 
     Args:
         tasks: The rank's list; with transfers, receive buffers count too.
@@ -83,7 +84,9 @@ def peak_bytes(tasks: Sequence[Task], stages: Sequence[BlockCosts], own: Sequenc
         Bytes.
     """
     shared = data_parallel > 1
-    held = peak = sum(stages[stage].state for stage in own) / data_parallel
+    # The state's share of gradients; costs may count none.
+    late = {stage: min(stages[stage].gradients, stages[stage].state) / data_parallel for stage in own}
+    held = peak = sum(stages[stage].state / data_parallel - late[stage] for stage in own)
     reducing: set[int] = set()
     received: set[tuple[Kind, int, int]] = set()
     for task in tasks:
@@ -105,8 +108,9 @@ def peak_bytes(tasks: Sequence[Task], stages: Sequence[BlockCosts], own: Sequenc
                 after -= block.output
             held += block.workspace
         elif kind is Kind.WEIGHT:
-            after = held - block.weight_inputs
-            held += block.workspace
+            # Linear after Linear: each one's gradient comes as what it is made of goes.
+            after = held - block.weight_inputs + (0 if shared else late.pop(stage, 0))
+            held = max(held, after) + block.workspace
         elif kind is Kind.RECV_F:
             received.add((Kind.FORWARD, stage, task.micro_batch))
             held = after = held + stages[stage - 1].output
@@ -119,6 +123,7 @@ def peak_bytes(tasks: Sequence[Task], stages: Sequence[BlockCosts], own: Sequenc
             after = held - block.parameters
         elif kind is Kind.REDUCE and shared:
             reducing.discard(stage)
+            held += late.pop(stage, 0)
             after = held - block.gradients
         peak = max(peak, held)
         held = after

@@ -16,6 +16,8 @@ from itertools import combinations, pairwise
 from math import comb
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lightning_zeroprompt.pipeline.costs import Costs
 from lightning_zeroprompt.pipeline.schedule import Placement
 
@@ -104,20 +106,27 @@ def balanced_cuts(
         extra = (before if stage == 0 else 0.0) + (behind if stage == stages - 1 else 0.0)
         return sums[end] - sums[first] + extra
 
-    # best[end]: (largest cost, sum of squares, cuts) of the first stages over the first `end` blocks.
-    best: dict[int, tuple[float, float, list[tuple[int, int]]]] = {0: (0.0, 0.0, [])}
+    # For each end: the largest cost, and the sum of squares, of the first stages over the blocks in front of it.
+    edges = np.array(sums)
+    costs_of = np.where(np.tri(count + 1, dtype=bool), np.inf, edges[None, :] - edges[:, None])
+    largest, squares = np.full(count + 1, np.inf), np.full(count + 1, np.inf)
+    largest[0] = squares[0] = 0.0
+    starts = []
     for stage in range(stages):
-        following: dict[int, tuple[float, float, list[tuple[int, int]]]] = {}
-        for end in range(stage + 1, count - (stages - stage - 1) + 1):
-            options = []
-            for first in range(stage, end):
-                if first in best:
-                    largest, squares, cuts = best[first]
-                    cost = cost_of(stage, first, end)
-                    options.append((max(largest, cost), squares + cost * cost, [*cuts, (first, end)]))
-            following[end] = min(options, key=lambda option: option[:2])
-        best = following
-    cuts = best[count][2]
+        own = costs_of + cost_of(stage, 0, 0)
+        options = np.maximum(largest[:, None], own)
+        largest = options.min(0)
+        even = np.where(options == largest, squares[:, None] + own * own, np.inf)
+        start = even.argmin(0)
+        squares = even[start, np.arange(count + 1)]
+        # Every stage behind needs a block too.
+        largest[count - (stages - stage - 1) + 1 :] = squares[count - (stages - stage - 1) + 1 :] = np.inf
+        starts.append(start)
+    cuts: list[tuple[int, int]] = []
+    end = count
+    for start in reversed(starts):
+        cuts.insert(0, (int(start[end]), end))
+        end = int(start[end])
     if rank_of is None or stages < 3:
         return cuts
     return _even_ranks(cuts, cost_of, [rank_of(stage) for stage in range(stages)])

@@ -68,7 +68,7 @@ def cut_chain(chain: Chain, placement: Placement, costs: Costs | None = None) ->
 
 def _stage_costs(chain: Chain, cuts: Sequence[tuple[int, int]]) -> list[float]:
     before, behind, _ = chain.outside()
-    costs = [sum(module_cost(block) for block in chain.blocks[first:end]) for first, end in cuts]
+    costs = [sum(block_cost(block) for block in chain.blocks[first:end]) for first, end in cuts]
     costs[0] += sum(module_cost(module) for module in before)
     costs[-1] += sum(module_cost(module) for module in behind)
     return costs

@@ -6,10 +6,9 @@ one before returned: F with its Linears deferred, B, W, an ordinary backward pas
 nothing. Blocks that look alike (class, shapes of parameters and inputs) are measured once. Behind the last one the step
 is run again with its output, for the time of what lies behind.
 
-* :class:`DeviceMeter` times: on a GPU by events, and by the host's clock how long launching took; medians of a few
-  repeats. Memory on a GPU is the allocator's, elsewhere the sum over distinct saved storages.
-* :class:`FlopMeter` counts operations with ``torch.utils.flop_counter``, on the meta device too, and divides by a rate:
-  a model that does not fit, on a machine that one does not have.
+What measures or estimates is a meter (see ``meters.py``). What is held from F to B, and from B to W, is the sum over
+distinct storages that autograd and the deferred Linears keep. Lone blocks meet a GPU at rest; in the end all run one
+after another for a second, and times grow by as much as that takes longer.
 
 Alternatives: timing whole stages needs a cut, and each cut its own measurement; the sum over blocks was within the
 noise of a stage's time there. PyTorch's profiler sees kernels, not what a host needs to launch them.
@@ -21,148 +20,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_zeroprompt.pipeline.chain import Calls, Chain
 from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
-from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy, storage_key
+from lightning_zeroprompt.pipeline.meters import DeviceMeter, Meter, Phase
+from lightning_zeroprompt.pipeline.torch_compat import storage_key
 from lightning_zeroprompt.pipeline.weight_grad import WeightGradStore, defer_linears, restore_linears
 
-__all__ = ["DeviceMeter", "FlopMeter", "machine_name", "measure_link", "model_fingerprint", "profile_chain"]
+__all__ = ["machine_name", "model_fingerprint", "profile_chain"]
 
 _ADAM_BYTES = 8
 """Bytes of Adam's two moments a parameter, in float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Phase:
-    """What one part of a block's run took."""
-
-    seconds: float
-    host: float
-    workspace: int = 0
-
-
-class Meter(Protocol):
-    """Runs the phases of a block, and says what each took."""
-
-    device: torch.device
-
-    def context(self) -> AbstractContextManager[Any]:
-        """What forward passes run in."""
-
-    def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[_Phase]:
-        """Run phases one after another.
-
-        Args:
-            phases: Each relies on the ones before it.
-            moved: Bytes that a pass over the block reads or writes besides its operations' factors.
-        """
-
-
-class DeviceMeter:
-    """Measures on a device.
-
-    Args:
-        device: Where the blocks are.
-        repeats: How often; the median counts.
-        warmup: Runs before that.
-    """
-
-    def __init__(self, device: torch.device, repeats: int = 5, warmup: int = 2) -> None:
-        self.device = device
-        self._repeats, self._warmup, self._cuda = repeats, warmup, device.type == "cuda"
-
-    def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[_Phase]:
-        """See :class:`Meter`."""
-        seconds: list[list[float]] = [[] for _ in phases]
-        hosts: list[list[float]] = [[] for _ in phases]
-        most = [0] * len(phases)
-        for run in range(self._warmup + self._repeats):
-            for index, phase in enumerate(phases):
-                device, host, memory = self._once(phase)
-                if run >= self._warmup:
-                    seconds[index].append(device)
-                    hosts[index].append(host)
-                    most[index] = max(most[index], memory)
-        return [
-            _Phase(statistics.median(own), statistics.median(host) if self._cuda else 0.0, memory)
-            for own, host, memory in zip(seconds, hosts, most, strict=True)
-        ]
-
-    def context(self) -> AbstractContextManager[Any]:
-        """Nothing special."""
-        return nullcontext()
-
-    def _once(self, phase: Callable[[], Any]) -> tuple[float, float, int]:
-        if not self._cuda:
-            begin = time.perf_counter()
-            phase()
-            return time.perf_counter() - begin, 0.0, 0
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        held = torch.cuda.memory_allocated(self.device)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        # The device is kept busy while the host launches, so that its time has no gaps in it.
-        keep_busy()
-        first.record()
-        begin = time.perf_counter()
-        phase()
-        host = time.perf_counter() - begin
-        last.record()
-        torch.cuda.synchronize(self.device)
-        after = max(held, torch.cuda.memory_allocated(self.device))
-        return first.elapsed_time(last) / 1e3, host, max(0, torch.cuda.max_memory_allocated(self.device) - after)
-
-
-class FlopMeter:
-    """Estimates from counted operations.
-
-    Args:
-        flops: Operations a second that matrix products reach.
-        bandwidth: Bytes a second to and from the device's memory.
-        host: Seconds in which the host launches one phase of one block.
-        device: Where the blocks are; the meta device runs nothing.
-    """
-
-    def __init__(self, flops: float, bandwidth: float, host: float = 0.0, device: torch.device | str = "meta") -> None:
-        if flops <= 0 or bandwidth <= 0 or host < 0:
-            raise ValueError(f"flops={flops}, bandwidth={bandwidth} have to be above 0, host={host} at least 0")
-        self._flops, self._bandwidth, self._host, self.device = flops, bandwidth, host, torch.device(device)
-
-    def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[_Phase]:
-        """See :class:`Meter`."""
-        found = []
-        for phase in phases:
-            with FlopCounterMode(display=False) as counter:
-                phase()
-            found.append(_Phase(counter.get_total_flops() / self._flops + moved / self._bandwidth, self._host))
-        return found
-
-    def context(self) -> AbstractContextManager[Any]:
-        """Attention as GPUs do it, without the matrix of all scores that it would make on the meta device."""
-        return _FusedAttention() if self.device.type == "meta" else nullcontext()
-
-
-class _FusedAttention(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        run = fused_attention if func is F.scaled_dot_product_attention else func
-        return run(*args, **(kwargs or {}))
 
 
 def profile_chain(
@@ -184,7 +60,7 @@ def profile_chain(
         step: Runs user code on one micro-batch, as ``Chain.capture`` and ``replay`` call it; it returns a loss, or a
             mapping with one.
         meter: Measures, or estimates.
-        message: Between neighbouring ranks; see :func:`measure_link`.
+        message: Between neighbouring ranks; see :mod:`link_profile`.
         gather: Of gathers of weights; None is ``message``.
         reduce: Of reductions of gradients; None is ``gather``.
         context: What forward passes run in, such as autocast.
@@ -205,20 +81,75 @@ def profile_chain(
                 costs, stream = profile.block(index, stream, calls)
                 blocks.append(costs)
             behind = profile.behind(step, stream)
+            slower = profile.slower_under_load()
     finally:
         restore_linears(chain.root)
     gather = message if gather is None else gather
     return Costs(
-        blocks=tuple(blocks),
+        blocks=tuple(_slowed(block, slower) for block in blocks),
         message=message,
         gather=gather,
         reduce=gather if reduce is None else reduce,
-        before=before,
-        behind=behind,
+        before=_slowed(before, slower),
+        behind=_slowed(behind, slower),
         host_action=host_action,
         model=model_fingerprint(chain),
         machine=machine_name(meter.device) if isinstance(meter, DeviceMeter) else "",
     )
+
+
+def _slowed(costs: BlockCosts, factor: float) -> BlockCosts:
+    return replace(
+        costs,
+        forward=factor * costs.forward,
+        backward=factor * costs.backward,
+        weight=factor * costs.weight,
+        full_backward=None if costs.full_backward is None else factor * costs.full_backward,
+    )
+
+
+class _Phases:
+    """F, B and W of a block, run so many times in a row on what it returned."""
+
+    def __init__(
+        self,
+        run: Callable[[tuple[Any, ...]], Any],
+        inputs: tuple[Any, ...],
+        context: Callable[[], AbstractContextManager[Any]],
+        times: int,
+    ) -> None:
+        self._run, self._inputs, self._context, self._times = run, inputs, context, times
+        self.store, self.outputs = WeightGradStore(), list[Any]()
+        self._weight: list[Callable[[], None]] = []
+
+    def plain_forward(self) -> None:
+        """F in front of an ordinary backward pass."""
+        with self._context():
+            stream: Any = self._inputs
+            for _ in range(self._times):
+                stream = self._run(stream if isinstance(stream, tuple) else (stream,))
+        self.outputs[:] = [stream]
+
+    def forward(self) -> None:
+        """F in front of B and W."""
+        with self.store.record():
+            self.plain_forward()
+
+    def propagate(self) -> None:
+        """B, whose deferred gradients stay in the store."""
+        heads = [leaf for leaf in tree_leaves(self.outputs[0]) if _carries(leaf)]
+        with self.store.record():
+            if heads:
+                torch.autograd.backward(heads, [torch.ones_like(head) for head in heads])
+
+    def backward(self) -> None:
+        """B, or an ordinary backward pass."""
+        self.propagate()
+        self._weight[:] = [self.store.take()]
+
+    def weight(self) -> None:
+        """W."""
+        self._weight[0]()
 
 
 class _Profile:
@@ -231,6 +162,7 @@ class _Profile:
     ) -> None:
         self._chain, self._meter, self._context, self._reduce_dtype = chain, meter, context, reduce_dtype
         self._known: dict[str, BlockCosts] = {}
+        self._rows: list[tuple[_Phases, float]] = []
         self._outside_before, self._outside_behind, _ = chain.outside()
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -263,7 +195,9 @@ class _Profile:
             output = self._chain.run(index, index + 1, inputs, calls)
         key = self._key(index, stream, calls, output)
         if key not in self._known:
-            self._known[key] = self._measure_block(index, inputs, calls)
+            takes = [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in tree_leaves(inputs)]
+            gives = [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in tree_leaves(output)]
+            self._known[key] = self._measure_block(index, inputs, calls, self._meter.row if takes == gives else 1)
         return self._known[key], tree_map_only(Tensor, _input, output)
 
     def behind(self, step: Callable[[], Any], stream: Any) -> BlockCosts:
@@ -286,50 +220,47 @@ class _Profile:
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def _measure_block(self, index: int, inputs: tuple[Any, ...], calls: Calls) -> BlockCosts:
-        store, outputs = WeightGradStore(), list[Any]()
-        weight: list[Callable[[], None]] = []
-
-        def forward() -> None:
-            with self._context(), store.record():
-                outputs[:] = [self._chain.run(index, index + 1, inputs, calls)]
-
-        def ordinary_forward() -> None:
-            with self._context():
-                outputs[:] = [self._chain.run(index, index + 1, inputs, calls)]
-
-        def propagate() -> None:
-            heads = [leaf for leaf in tree_leaves(outputs[0]) if _carries(leaf)]
-            with store.record():
-                if heads:
-                    torch.autograd.backward(heads, [torch.ones_like(head) for head in heads])
-
-        def backward() -> None:
-            propagate()
-            weight[:] = [store.take()]
-
+    def _measure_block(self, index: int, inputs: tuple[Any, ...], calls: Calls, times: int) -> BlockCosts:
+        one = self._phases(index, inputs, calls, 1)
         parameters = [p for p in self._chain.blocks[index].parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0) if parameters else None
 
-        forward()
-        moved = _bytes((inputs, outputs[0]))
-        split = self._meter.measure([forward, backward, lambda: weight[0]()], moved)
-        whole = self._meter.measure([ordinary_forward, backward], moved)[1]
-        steps = self._meter.measure([optimizer.step], _bytes(parameters) * 4)[0] if optimizer else _Phase(0.0, 0.0)
+        one.forward()
+        moved = _bytes((inputs, one.outputs[0]))
+        split = self._meter.measure([one.forward, one.backward, one.weight], moved)
+        whole = self._meter.measure([one.plain_forward, one.backward], moved)[1]
+        row = one
+        if times > 1:
+            row = self._phases(index, inputs, calls, times)
+            per_block = self._meter.measure([row.forward, row.backward, row.weight], times * moved)
+            split = [phase.shared(times, single.workspace) for phase, single in zip(per_block, split, strict=True)]
+            whole = self._meter.measure([row.plain_forward, row.backward], times * moved)[1].shared(times, 0)
+        steps = self._meter.measure([optimizer.step], _bytes(parameters) * 4)[0] if optimizer else Phase(0.0, 0.0)
         del optimizer
-        held = self._activations(forward)
-        propagate()
-        waiting = _distinct(store.held())
-        store.take()
+        held = self._activations(one.forward)
+        one.propagate()
+        waiting = _distinct(one.store.held())
+        one.store.take()
         sizes = BlockCosts(
             full_backward=whole.seconds,
             optimizer=steps.seconds,
             activations=held,
             weight_inputs=waiting,
-            output=_bytes(outputs[0]),
+            output=_bytes(one.outputs[0]),
         )
         self._forget_gradients()
+        self._rows.append((row, times * sum(phase.seconds for phase in split)))
         return self._costs([self._chain.blocks[index]], split, sizes)
+
+    def slower_under_load(self) -> float:
+        """How many times as long all distinct blocks take when the device has been at work for a while."""
+        phases = [phase for row, _ in self._rows for phase in (row.forward, row.backward, row.weight)]
+        seconds = self._meter.under_load(phases)
+        self._forget_gradients()
+        return 1.0 if seconds is None else max(1.0, seconds / sum(expected for _, expected in self._rows))
+
+    def _phases(self, index: int, inputs: tuple[Any, ...], calls: Calls, times: int) -> _Phases:
+        return _Phases(lambda stream: self._chain.run(index, index + 1, stream, calls), inputs, self._context, times)
 
     def _activations(self, forward: Callable[[], None]) -> int:
         """Bytes of distinct storages that autograd keeps from F to B, weights left out."""
@@ -346,7 +277,7 @@ class _Profile:
             forward()
         return sum(saved.values())
 
-    def _costs(self, modules: Iterable[nn.Module], phases: Sequence[_Phase], sizes: BlockCosts) -> BlockCosts:
+    def _costs(self, modules: Iterable[nn.Module], phases: Sequence[Phase], sizes: BlockCosts) -> BlockCosts:
         parameters = {id(p): p for module in modules for p in module.parameters()}.values()
         trained = [p for p in parameters if p.requires_grad]
         weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -416,7 +347,7 @@ def _distinct(tensors: Iterable[Tensor]) -> int:
     return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-# -- names and links ------------------------------------------------------------------------------------------------
+# -- names ----------------------------------------------------------------------------------------------------------
 
 
 def model_fingerprint(chain: Chain) -> str:
@@ -431,35 +362,3 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def measure_link(
-    transfer: Callable[[Tensor], Any], device: torch.device, sizes: tuple[int, int] = (2**16, 2**24), repeats: int = 5
-) -> Link:
-    """Latency and bandwidth from two sizes; all ranks of the transfer call this together.
-
-    Args:
-        transfer: Moves a tensor of bytes and waits for it, on this rank.
-        device: Where tensors are.
-        sizes: Bytes of the two transfers.
-        repeats: How often; medians count.
-    """
-    found = []
-    for size in sizes:
-        tensor = torch.zeros(size, dtype=torch.uint8, device=device)
-        times = []
-        for run in range(repeats + 1):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if dist.is_initialized():
-                dist.barrier()
-            begin = time.perf_counter()
-            transfer(tensor)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if run:
-                times.append(time.perf_counter() - begin)
-        found.append(statistics.median(times))
-    small, large = found
-    bandwidth = (sizes[1] - sizes[0]) / max(large - small, 1e-9)
-    return Link(latency=max(0.0, small - sizes[0] / bandwidth), bandwidth=bandwidth)

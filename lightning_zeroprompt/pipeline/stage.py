@@ -140,7 +140,7 @@ class StageModule(nn.Module):
         chain: Chain = self.__dict__["_chain"]
         inputs = stream if self.first_block else given.args
         output = chain.run(self.first_block, self.end_block, inputs, given)
-        return tree_map_only(Tensor, _sendable, output)
+        return _sendable(output) if isinstance(output, Tensor) else tree_map_only(Tensor, _sendable, output)
 
 
 def _sendable(tensor: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``RuntimeBase`` runs a list of actions with sends, receives, gathers and reductions in it; ``to_actions`` makes that
   list.
 * ``StageBase`` is ``PipelineStage`` without its first-step metadata exchange, which runs the user's loss on
-  uninitialised tensors (2.13) and allocates one receive buffer a micro-batch for ever (both).
+  uninitialised tensors (2.13) and allocates one receive buffer a micro-batch for ever (both), and with leaner passes.
 * ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
 * ``gather_stage`` gathers a stage outside of a schedule, also before its first forward pass.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
 * ``saving_is_hooked`` says whether a checkpoint, or offloading, handles what autograd saves.
 * ``keep_busy``, ``fused_attention`` and ``storage_key`` are for measuring blocks and for counting them on the meta
   device.
+* ``keep_compiled_buffers`` is for tensors that compiled code makes and others read.
 * ``map_peers`` gives memory that other processes of the host map too (symmetric memory).
 * ``forget_process_groups`` lets a process be a rank of one world after another.
 * ``shard_like`` and ``SafeFileSystemReader`` are for checkpoints: shards without messages, folders without pickles.
@@ -22,7 +23,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,10 +33,11 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.autograd import profiler
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import (
     _Action,
     _ComputationType,
@@ -61,6 +64,7 @@ __all__ = [
     "gather_stage",
     "is_compiled",
     "keep_busy",
+    "keep_compiled_buffers",
     "map_peers",
     "reduce_gradients",
     "saving_is_hooked",
@@ -87,6 +91,34 @@ _TORCH_LOG = logging.getLogger("torch.distributed.pipelining.schedules")
 
 def _drop(record: logging.LogRecord) -> bool:
     return False
+
+
+class _NoRecord:
+    """In the place of ``record_function``."""
+
+    def __init__(self, name: str) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Let torch's runtime write no records while no profiler listens: one a task is a third of its time on the host."""
+    runtime: Any = schedules
+    kept = getattr(runtime, "record_function", None)
+    if kept is None or profiler._is_profiler_enabled:
+        yield
+        return
+    runtime.record_function = _NoRecord
+    try:
+        yield
+    finally:
+        runtime.record_function = kept
 
 
 def to_actions(tasks: Sequence[Task]) -> list[_Action]:
@@ -135,7 +167,8 @@ class RuntimeBase(_PipelineScheduleRuntime):
         # On any error torch logs the whole schedule, page after page, in front of the error.
         _TORCH_LOG.addFilter(_drop)
         try:
-            self._step_microbatches([()] * count, keywords, return_outputs=False)
+            with _unrecorded():
+                self._step_microbatches([()] * count, keywords, return_outputs=False)
             ends, self._ends = self._ends, {}
         finally:
             _TORCH_LOG.removeFilter(_drop)
@@ -216,16 +249,43 @@ class StageBase(PipelineStage):
             self._stage_meta.inputs = _Everything()
             self._runtime_validate = False
 
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward pass; errors are those of the code that runs, which torch wraps in one of its own."""
+    def forward_one_chunk(
+        self,
+        fwd_chunk_id: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        save_forward_output: bool = True,
+    ) -> Any:
+        """Run a forward pass; torch's own method looks for tensors in nested arguments, which takes the host longer."""
+        stream = args if self.is_first else self._retrieve_recv_activations(fwd_chunk_id)
         try:
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        except RuntimeError as wrapped:
-            if wrapped.__cause__ is None:
-                raise
-            error = wrapped.__cause__
-        error.add_note(f"(in the forward pass of micro-batch {fwd_chunk_id} through stage {self.stage_index})")
-        raise error
+            output = self.forward_maybe_with_nosync(*stream, **(kwargs or {}))  # type: ignore[no-untyped-call]
+        except Exception as error:
+            error.add_note(f"(in the forward pass of micro-batch {fwd_chunk_id} through stage {self.stage_index})")
+            raise
+        self.fwd_cache[fwd_chunk_id] = output if isinstance(output, tuple) else (output,), list(stream)
+        return output
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Run B, and keep what W will do."""
+        if not self.has_backward:
+            return
+        outputs, inputs = self.fwd_cache.pop(bwd_chunk_id)
+        grads: Any = (None,)
+        if self.is_last:
+            outputs = (loss,)
+        else:
+            grads = self._retrieve_recv_grads(bwd_chunk_id)
+        self.bwd_cache[bwd_chunk_id] = self.propagate(outputs, grads, inputs)
+        self.dw_runner[bwd_chunk_id] = self.dw_builder()  # type: ignore[misc]
+
+    def propagate(
+        self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], inputs: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of a stage's inputs from those of its outputs."""
+        raise NotImplementedError
 
     def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
         """Nothing (torch 2.11 compares with the metadata that is not exchanged)."""
@@ -356,9 +416,26 @@ class _UnshardedGradBuffer:
             held += grad
 
 
-def keep_busy() -> None:
-    """Let the current GPU do nothing for a millisecond, in which the host can launch what is to be timed."""
-    torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
+def keep_compiled_buffers() -> None:
+    """Let compiled code neither reuse a buffer for another tensor nor write over one that it reads no more.
+
+    For what outlives the code that made it without the compiler's knowing. It holds for all that is compiled from here
+    on in this process.
+    """
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    for settings, name in (
+        (inductor, "allow_buffer_reuse"),
+        (inductor, "inplace_buffers"),
+        (functorch, "donated_buffer"),
+    ):
+        setattr(settings, name, False)
+
+
+def keep_busy(seconds: float) -> None:
+    """Let the current GPU do nothing for about so long, while the host launches what is to be timed."""
+    torch.cuda._sleep(round(seconds * 2e9))  # type: ignore[no-untyped-call]
 
 
 def fused_attention(

@@ -4,8 +4,9 @@
 While a ``WeightGradStore`` records, an ``nn.Linear`` runs with its weight detached, so that autograd makes the gradient
 of its input alone, and a hook in front of that appends the pair (input, gradient of the output), detached, to the store
 instead of multiplying it out. Where a hook would not do (no gradient for the input, autocast, checkpoints), an
-``autograd.Function`` does the same. ``take`` hands over what has been appended as a function; calling it is the W of
-that micro-batch. This is what ``PipelineStage(dw_builder=...)`` of torch asks for.
+``autograd.Function`` does the same; in compiled code an operator does (``compiled_linear``). ``take`` hands over what
+has been appended as a function; calling it is the W of that micro-batch. This is what
+``PipelineStage(dw_builder=...)`` of torch asks for.
 
 Alternatives: torch's own split walks the autograd graph once a parameter group. A prototype of this engine ran the same
 orders at 0.57 to 0.84 of the no-bubble limit with it, and at 0.92 to 0.98 with deferred Linears (two H200, 2.7B
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_zeroprompt.pipeline.compiled_linear import compiled_linear, register_linears
 from lightning_zeroprompt.pipeline.torch_compat import saving_is_hooked
 
 __all__ = ["DeferredLinear", "GradBuffer", "WeightGradStore", "defer_linears", "restore_linears"]
@@ -75,6 +77,7 @@ class WeightGradStore:
 
     _recording: WeightGradStore | None = None
     """The store that records now; backward passes run in threads of their own, so that this is no thread's property."""
+    _records = False
 
     def __init__(self, grad_buffer: Callable[[Tensor], GradBuffer | None] | None = None) -> None:
         self._grad_buffer = grad_buffer
@@ -94,11 +97,11 @@ class WeightGradStore:
 
         A checkpointed block runs its forward pass again in the backward pass, and must find the same state there.
         """
-        outer, WeightGradStore._recording = WeightGradStore._recording, self
+        outer, WeightGradStore._recording, WeightGradStore._records = WeightGradStore._recording, self, True
         try:
             yield
         finally:
-            WeightGradStore._recording = outer
+            WeightGradStore._recording, WeightGradStore._records = outer, outer is not None
 
     def take(self) -> Callable[[], None]:
         """Hand over what was collected since the last call.
@@ -209,29 +212,63 @@ class DeferredLinear(nn.Linear):
         Returns:
             ``(..., out_features)``.
         """
+        if torch.compiler.is_compiling():
+            return self._compiled(input)
         store = WeightGradStore._recording
         # Straight from the table: a module's attributes are looked up by slow Python. What is computed is not in it.
         own = self._parameters
         weight, bias = own.get("weight"), own.get("bias")
         if store is None or "bias" not in own or not _defers(weight, bias):
             return super().forward(input)
-        autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-        shape = input.shape
-        # Without a gradient to make there would be no node to be told of one; autocast would cast, and save, the weight
-        # once a call; a checkpoint drops what is saved in its forward pass, and would not drop what a hook holds.
-        if input.requires_grad and input.dtype == weight.dtype and not autocast and not saving_is_hooked():
-            # With a bias the result for more than a matrix is a view, which loses its node when it is changed in place.
-            rows = input.flatten(0, -2) if bias is not None and len(shape) > 2 else input
-            output = F.linear(rows, weight.detach(), None if bias is None else bias.detach())
-            node: Any = output.grad_fn
-            node.register_prehook(_Catch(rows, weight, bias, store))
-        else:
-            # The Function sees a matrix: autograd refuses to have a view made inside of it changed in place.
-            rows = input.flatten(0, -2) if len(shape) > 2 else input
-            if autocast and torch.float64 not in (input.dtype, weight.dtype):
-                rows = rows.to(torch.get_autocast_dtype(input.device.type))
-            output = _Linear.apply(rows, weight, bias, store)  # type: ignore[no-untyped-call]
-        return output if rows is input else output.view(*shape[:-1], self.out_features)
+        return _defer(input, weight, bias, store)
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        # Whether a store records, and not which one: compiled code would be made anew for each.
+        if not WeightGradStore._records or not _defers(weight, bias):
+            return super().forward(x)
+        if x.requires_grad and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return compiled_linear(x, weight, bias)
+        result: Tensor = _uncompiled(x, weight, bias)
+        return result
+
+
+def _defer(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStore | None = None) -> Tensor:
+    store = store or WeightGradStore._recording
+    if store is None:
+        return F.linear(x, weight, bias)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    shape = x.shape
+    # Without a gradient to make there would be no node to be told of one; autocast would cast, and save, the weight
+    # once a call; a checkpoint drops what is saved in its forward pass, and would not drop what a hook holds.
+    if x.requires_grad and x.dtype == weight.dtype and not autocast and not saving_is_hooked():
+        # With a bias the result for more than a matrix is a view, which loses its node when it is changed in place.
+        rows = x.flatten(0, -2) if bias is not None and len(shape) > 2 else x
+        output = F.linear(rows, weight.detach(), None if bias is None else bias.detach())
+        node: Any = output.grad_fn
+        node.register_prehook(_Catch(rows, weight, bias, store))
+    else:
+        # The Function sees a matrix: autograd refuses to have a view made inside of it changed in place.
+        rows = x.flatten(0, -2) if len(shape) > 2 else x
+        if autocast and torch.float64 not in (x.dtype, weight.dtype):
+            rows = rows.to(torch.get_autocast_dtype(x.device.type))
+        output = _Linear.apply(rows, weight, bias, store)  # type: ignore[no-untyped-call]
+    return output if rows is x else output.view(*shape[:-1], weight.shape[0])
+
+
+_uncompiled = torch.compiler.disable(_defer)  # type: ignore[no-untyped-call]
+"""Compiled code ends in front of a Linear and goes on behind it. Made once: each call of ``disable`` makes one more
+wrapper."""
+
+
+def _put_aside(x: Tensor, grad_output: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """What compiled code does with a pair."""
+    store = WeightGradStore._recording
+    pair = _Pending(x, grad_output, weight, bias, (x._version, grad_output._version))
+    if store is None:
+        WeightGradStore()._add(pair)
+    else:
+        store._pending.append(pair)
 
 
 def _defers(weight: Tensor | None, bias: Tensor | None) -> TypeGuard[Tensor]:
@@ -256,7 +293,9 @@ def defer_linears(module: nn.Module) -> int:
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = DeferredLinear
-    return sum(isinstance(part, DeferredLinear) for part in module.modules())
+    deferred = [part for part in module.modules() if isinstance(part, DeferredLinear)]
+    register_linears(deferred, _put_aside)
+    return len(deferred)
 
 
 def restore_linears(module: nn.Module) -> None:

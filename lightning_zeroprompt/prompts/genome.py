@@ -197,15 +197,10 @@ class PromptGenome:
         texts = {
             "instruction": escape(self.instruction),
             "input_frame": self.input_frame,
-            "option_frame": self.shown_option_frame,
+            "option_frame": "" if _shows_options(self.input_frame) else self.option_frame,
             "answer_cue": escape(self.answer_cue),
         }
         return join_slots(_order(self.layout), texts)
-
-    @property
-    def shown_option_frame(self) -> str:
-        """The option frame, or nothing where ``input_frame`` shows the options already."""
-        return "" if _shows_options(self.input_frame) else self.option_frame
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:

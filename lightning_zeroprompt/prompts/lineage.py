@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where prompts come from, and how different they are: what a search keeps for its reports."""
 
-import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -56,16 +55,13 @@ def diversity(texts: Sequence[str]) -> float:
         >>> diversity(["a b", "a c"]) == 1 - 1 / 3
         True
     """
-    words = [text.split() for text in texts]
+    words = [set(text.split()) for text in texts]
     if len(words) < 2:
         return 0.0
-    numbers = {word: number for number, word in enumerate(dict.fromkeys(itertools.chain.from_iterable(words)))}
-    has = np.zeros((len(words), len(numbers)), dtype=np.float32)
-    for row, found in enumerate(words):
-        has[row, [numbers[word] for word in found]] = 1
-    sizes = has.sum(1, dtype=np.float64)
-    first, second = np.tril_indices(len(words), -1)
-    # Whole numbers below 2 ** 24 are exact in float32.
-    common = (has @ has.T)[first, second].astype(np.float64)
-    shares = 1 - common / np.maximum(sizes[first] + sizes[second] - common, 1)
-    return statistics.fmean(shares.tolist())
+    columns = {word: column for column, word in enumerate(set().union(*words))}
+    has = np.zeros((len(words), len(columns)), dtype=np.int32)
+    for row, own in zip(has, words, strict=True):
+        row[[columns[word] for word in own]] = 1
+    common, sizes = has @ has.T, has.sum(1)
+    shares = 1 - common / np.maximum(sizes[:, None] + sizes - common, 1)
+    return statistics.fmean(shares[np.tril_indices(len(words), -1)].tolist())

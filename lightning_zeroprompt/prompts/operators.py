@@ -228,18 +228,17 @@ def _borrow_slot(parents: Sequence[PromptGenome], material: Material, rng: rando
     if not material.donors:
         return None
     donor = rng.choice(material.donors)
-    # Another filled slot reads differently; whether another layout does, only the whole text says.
+    # Another filled instruction or cue reads differently; of another layout or frame only the whole text says.
     loans: list[dict[str, Any]] = [
         {name: value}
         for name in ("instruction", "answer_cue")
         if (value := getattr(donor, name)) and value != getattr(genome, name)
     ]
-    if donor.layout != genome.layout and _replaced(genome, {"layout": donor.layout}).text != genome.text:
-        loans.append({"layout": donor.layout})
-    is_shown = genome.shown_option_frame == genome.option_frame
-    if material.has_options and is_shown and donor.option_frame and donor.option_separator:
-        if donor.option_frame != genome.option_frame:
-            loans.append({"option_frame": donor.option_frame, "option_separator": donor.option_separator})
+    wide: list[dict[str, Any]] = [{"layout": donor.layout}] if donor.layout != genome.layout else []
+    has_frame = bool(donor.option_frame and donor.option_separator)
+    if material.has_options and has_frame and donor.option_frame != genome.option_frame:
+        wide.append({"option_frame": donor.option_frame, "option_separator": donor.option_separator})
+    loans += [loan for loan in wide if _replaced(genome, loan).text != genome.text]
     return _replaced(genome, rng.choice(loans)) if loans else None
 
 

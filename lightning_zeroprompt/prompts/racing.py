@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_zeroprompt.prompts.significance import sign_test_p_values
+from lightning_zeroprompt.prompts.significance import sign_tests
 
 __all__ = ["Race", "RaceSettings", "Standing", "run_race"]
 
@@ -107,7 +107,7 @@ class Race:
             raise ValueError(f"a race of {num_candidates} candidates over {num_examples} examples; give one of each")
         self.settings = settings or RaceSettings()
         self._values = np.full((num_candidates, num_examples), np.nan)
-        self._seen, self._means = [0] * num_candidates, [-math.inf] * num_candidates
+        self._seen = [0] * num_candidates
         self._left: list[str | None] = [None] * num_candidates
         self._block = 0
 
@@ -134,14 +134,13 @@ class Race:
             wanted = "no scores: the race is over" if asked is None else f"{(len(asked[0]), len(asked[1]))}"
             raise ValueError(f"scores of shape {values.shape} were given, the race wants {wanted}")
         alive, examples = asked
-        is_finite = np.isfinite(values).all(1).tolist()
-        for index, usable in zip(alive, is_finite, strict=True):
-            if usable:
-                self._seen[index] = examples.stop
-            else:
+        finite = np.logical_and.reduce(np.isfinite(values), axis=1)
+        for index, row, is_finite in zip(alive, values, finite, strict=True):
+            if not is_finite:
                 self._left[index] = "refused"
-        self._values[alive, examples.start : examples.stop] = values
-        self._average()
+                continue
+            self._values[index, examples.start : examples.stop] = row
+            self._seen[index] = examples.stop
         self._block += 1
         if examples.stop < self._values.shape[1]:
             self._drop(examples.stop)
@@ -152,8 +151,8 @@ class Race:
         A mean over few examples is not comparable with one over many, so how far a candidate came counts first.
         """
         entries = [
-            Standing(candidate=index, seen=seen, mean=mean, left=reason)
-            for index, (seen, mean, reason) in enumerate(zip(self._seen, self._means, self._left, strict=True))
+            Standing(candidate=index, seen=seen, mean=self._mean(index), left=reason)
+            for index, (seen, reason) in enumerate(zip(self._seen, self._left, strict=True))
         ]
         return sorted(entries, key=lambda e: (e.left == "refused", e.left is not None, -e.seen, -e.mean, e.candidate))
 
@@ -175,28 +174,27 @@ class Race:
             race._values[index, : len(row)] = row
             race._seen[index] = len(row)
         race._left, race._block = list(record["left"]), record["block"]
-        race._average()
         return race
 
-    def _average(self) -> None:
-        """Means over what each has seen; minus infinity of the refused."""
-        for seen in set(self._seen) - {0}:
-            mine = [index for index, own in enumerate(self._seen) if own == seen]
-            for index, mean in zip(mine, self._values[mine, :seen].mean(1).tolist(), strict=True):
-                self._means[index] = -math.inf if self._left[index] == "refused" else mean
+    def _mean(self, index: int) -> float:
+        if self._left[index] == "refused" or not self._seen[index]:
+            return -math.inf
+        return float(self._values[index, : self._seen[index]].mean())
 
     def _drop(self, seen: int) -> None:
         alive = [index for index, reason in enumerate(self._left) if reason is None]
-        alive.sort(key=lambda index: (-self._means[index], index))
         if not alive:
             return
+        values = self._values[alive, :seen]
+        means = values.mean(1).tolist()
+        order = sorted(range(len(alive)), key=lambda place: (-means[place], alive[place]))
         places = math.ceil(len(self._left) * self.settings.keep**self._block)
-        p_values = sign_test_p_values(self._values[alive[0], :seen], self._values[alive, :seen])
-        for rank, (index, p_value) in enumerate(zip(alive, p_values, strict=True)):
+        p_values = sign_tests(values[order[0]], values[order])
+        for rank, (place, p_value) in enumerate(zip(order, p_values, strict=True)):
             if p_value < self.settings.drop_p:
-                self._left[index] = "behind the leader"
+                self._left[alive[place]] = "behind the leader"
             elif rank >= max(places, self.settings.finalists):
-                self._left[index] = "halved"
+                self._left[alive[place]] = "halved"
 
 
 def run_race(

@@ -31,7 +31,7 @@ __all__ = [
     "clopper_pearson",
     "holm",
     "sign_test",
-    "sign_test_p_values",
+    "sign_tests",
 ]
 
 
@@ -109,14 +109,19 @@ def sign_test(candidate: npt.ArrayLike, baseline: npt.ArrayLike) -> PairedTest:
     return PairedTest(wins=wins, losses=losses, ties=len(first) - wins - losses, p_value=p_value)
 
 
-def sign_test_p_values(candidate: npt.NDArray[np.floating], baselines: npt.NDArray[np.floating]) -> list[float]:
-    """The p-values of :func:`sign_test` for one candidate against several baselines at once, without its checks.
+def sign_tests(candidate: npt.ArrayLike, baselines: npt.ArrayLike) -> list[float]:
+    """P-values of :func:`sign_test` for one candidate against each of several baselines.
 
     Args:
-        candidate: [n], finite.
-        baselines: [k, n], finite.
+        candidate: [n], finite scores.
+        baselines: [m, n], finite scores of the same examples.
+
+    Example:
+        >>> sign_tests([1, 1], [[0, 1], [0, 0]]) == [sign_test([1, 1], row).p_value for row in ([0, 1], [0, 0])]
+        True
     """
-    wins, losses = (candidate > baselines).sum(1).tolist(), (candidate < baselines).sum(1).tolist()
+    first, rows = np.asarray(candidate, dtype=np.float64), np.asarray(baselines, dtype=np.float64)
+    wins, losses = (first > rows).sum(1).tolist(), (first < rows).sum(1).tolist()
     return [binomial_tail(won, won + lost) for won, lost in zip(wins, losses, strict=True)]
 
 

@@ -3,8 +3,9 @@
 
 Before training the model is cut, and its stages placed, for given costs (``costs=``, from ``zeroprompt-plan`` or
 ``profile_chain``) or for estimates from parameters. The third batch is recorded: every rank's times of F, B and W go to
-all ranks, and the order is planned anew for them. Cut and placement stay as they are, since weights do not move; all
-ranks compute the same plan from the same numbers.
+all ranks, and take the place of those that the order was planned for. If another order is then faster by more than the
+noise of one recording, it is taken. Cut and placement stay as they are, since weights do not move; sizes are those that
+were known before. All ranks compute the same plan from the same numbers, and each plan keeps the memory limit.
 
 Alternatives: measuring before the cut needs the whole model on one device; planning anew all the time would follow
 noise. Cost: one recorded step, which waits for the device, and seconds of planning at most.
@@ -29,6 +30,7 @@ from lightning_zeroprompt.pipeline.planner import Candidate, plan
 from lightning_zeroprompt.pipeline.profiler import model_fingerprint
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule
+from lightning_zeroprompt.pipeline.simulator import simulate
 from lightning_zeroprompt.pipeline.timeline import Lane
 
 __all__ = ["RECORDED_BATCH", "AutoSchedule", "estimated_costs", "measured_costs"]
@@ -37,7 +39,7 @@ RECORDED_BATCH = 2
 """Number of the batch whose times are taken: the first ones compile kernels and fill allocators."""
 
 _LINK = Link(latency=3e-5, bandwidth=1e11)
-"""Between GPUs of one host; what matters of it beside a stage's times is that it is not nothing."""
+"""Between GPUs of one host; what matters of it beside a stage's measured times is that it is not nothing."""
 _SECONDS = 1e-11
 """Of a parameter that a micro-batch is multiplied with; any number does where no other time is known."""
 
@@ -80,12 +82,12 @@ def estimated_costs(chain: Chain) -> Costs:
     )
 
 
-def measured_costs(lanes: Sequence[Lane], sizes: Sequence[int]) -> Costs:
-    """Costs of stages from recorded steps; stages take the place of blocks.
+def measured_costs(lanes: Sequence[Lane], stages: Costs) -> Costs:
+    """Costs of stages with the times of recorded steps.
 
     Args:
         lanes: Of all ranks, data-parallel ones too.
-        sizes: For each stage, bytes of its weights.
+        stages: What was known, whole stages in the place of blocks: sizes and links stay.
     """
     times: dict[tuple[int, Kind], list[float]] = {}
     for lane in lanes:
@@ -96,22 +98,17 @@ def measured_costs(lanes: Sequence[Lane], sizes: Sequence[int]) -> Costs:
     def median(stage: int, kind: Kind) -> float:
         return max(statistics.median(times[stage, kind]), least)
 
-    stages = tuple(
-        BlockCosts(
+    measured = tuple(
+        replace(
+            block,
             forward=median(stage, Kind.FORWARD),
             backward=median(stage, Kind.BACKWARD),
             weight=median(stage, Kind.WEIGHT),
-            parameters=size,
-            gradients=size,
-            state=4 * size,
-            activations=2,
-            weight_inputs=1,
-            # Any size that is none: a message takes its latency.
-            output=1,
+            full_backward=None,
         )
-        for stage, size in enumerate(sizes)
+        for stage, block in enumerate(stages.blocks)
     )
-    return Costs(stages, message=_LINK, gather=_LINK, reduce=_LINK)
+    return replace(stages, blocks=measured)
 
 
 class AutoSchedule:
@@ -120,10 +117,30 @@ class AutoSchedule:
     Args:
         costs: Measured before, or the path of a file with them; None estimates.
         stages_per_rank: V; None chooses: with measured costs freely, else 2 where there are blocks enough.
+        memory_limit: Bytes that a GPU may hold by the costs' sizes; None is no limit.
+        recompute: Whether blocks run under activation checkpointing.
+
+    Raises:
+        ValueError: If memory is limited and no costs say what is held, or a file of costs cannot be read.
     """
 
-    def __init__(self, costs: Costs | str | Path | None, stages_per_rank: int | None) -> None:
+    def __init__(
+        self,
+        costs: Costs | str | Path | None,
+        stages_per_rank: int | None,
+        memory_limit: int | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
         self._given = costs if costs is None or isinstance(costs, Costs) else Costs.load(Path(costs))
+        if memory_limit is not None and (self._given is None or not any(b.activations for b in self._given.blocks)):
+            raise ValueError(
+                f"memory_limit={memory_limit}: nothing says what blocks hold; give costs= measured by profile_chain, "
+                "or written by zeroprompt-plan --save-costs"
+            )
+        if memory_limit is not None and memory_limit < 1:
+            raise ValueError(f"memory_limit={memory_limit}: give bytes a GPU, such as 60 * 2**30")
+        self._memory_limit, self._recompute = memory_limit, recompute
         self._stages_per_rank = stages_per_rank
         self._stages: Costs | None = None
         self._cuts: tuple[tuple[int, int], ...] = ()
@@ -140,7 +157,8 @@ class AutoSchedule:
             micro_batches: M that is expected.
 
         Raises:
-            ValueError: If there are fewer blocks than stages, or the costs are of another model.
+            ValueError: If there are fewer blocks than stages, the costs are of another model, or nothing fits the
+                memory limit.
         """
         costs, per_rank = self._given, self._stages_per_rank
         if costs is not None:
@@ -155,9 +173,17 @@ class AutoSchedule:
                 f"costs of {len(costs.blocks)} blocks for a model with {len(chain)}: they were measured for another "
                 "model or another configure_pipeline(); measure again"
             )
-        found = plan(costs, ranks=ranks, data_parallel=data, micro_batches=micro_batches, stages_per_rank=per_rank)
+        found = plan(
+            costs,
+            ranks=ranks,
+            data_parallel=data,
+            micro_batches=micro_batches,
+            memory_limit=self._memory_limit,
+            stages_per_rank=per_rank,
+            recompute=self._recompute,
+        )
         self._chosen, self._cuts = found.best, found.cuts
-        self._stages = _as_blocks(costs, found.cuts)
+        self._stages = _as_blocks(costs.recomputed() if self._recompute else costs, found.cuts)
         return found.schedule.placement, list(found.cuts)
 
     def build(self, placement: Placement, data: int, micro_batches: int) -> tuple[Schedule, str]:
@@ -170,18 +196,29 @@ class AutoSchedule:
             raise RuntimeError("nothing has been cut yet")
         if not self.measured and self._chosen.schedule.micro_batches == micro_batches:
             return self._chosen.schedule, self._chosen.label
+        limit = self._memory_limit
         found = plan(
             self._stages,
             ranks=placement.ranks,
             data_parallel=data,
             micro_batches=micro_batches,
+            memory_limit=limit,
             stages_per_rank=placement.stages_per_rank,
             recompute=False,
         )
         best = min(
-            (each for each in (found.best, *found.candidates) if each.schedule.placement == placement),
+            (
+                each
+                for each in (found.best, *found.candidates)
+                if each.schedule.placement == placement and (limit is None or each.peak_bytes <= limit)
+            ),
             key=lambda each: each.seconds if each is not found.best else each.seconds / _EQUAL,
         )
+        if self._chosen.schedule.micro_batches == micro_batches:
+            stages = [(stage, stage + 1) for stage in range(placement.stages)]
+            kept = simulate(self._chosen.schedule, self._stages, stages, data_parallel=data)
+            if kept.seconds <= _NOISE * best.seconds:
+                return self._chosen.schedule, self._chosen.label
         return best.schedule, best.label
 
     @contextmanager
@@ -204,17 +241,25 @@ class AutoSchedule:
             executor.recorder = None
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, recorder.result(), group=pipeline.groups.everyone)
-        sizes = [pipeline.stage_bytes(stage) for stage in range(pipeline.placement.stages)]
-        self.learn([lane for _, _, lane in everyone], sizes)
+        self.learn([lane for _, _, lane in everyone])
         forget()
 
-    def learn(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> None:
+    def learn(self, lanes: Sequence[Lane]) -> None:
         """Plan for measured times from now on; see :func:`measured_costs`."""
-        self._stages, self.measured = measured_costs(lanes, sizes), True
+        if self._stages is None:
+            raise RuntimeError("nothing has been cut yet")
+        stages = self._stages if self._given is not None else _with_links(self._stages, _LINK)
+        self._stages, self.measured = measured_costs(lanes, stages), True
 
 
 _EQUAL = 1.005
 """What the planner chose among equals bears jitter better, or holds less."""
+_NOISE = 1.01
+"""Times of one recorded step in which an order is as good as a better one."""
+
+
+def _with_links(costs: Costs, link: Link) -> Costs:
+    return replace(costs, message=link, gather=link, reduce=link)
 
 
 def _as_blocks(costs: Costs, cuts: Sequence[tuple[int, int]]) -> Costs:

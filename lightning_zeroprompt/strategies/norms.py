@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lightning.pytorch.utilities.grad_norm`` of a model that is cut over a pipeline.
+"""Clipping, and ``lightning.pytorch.utilities.grad_norm``, of a model that is cut over a pipeline.
 
 Lightning's documentation has users call it in ``on_before_optimizer_step`` and log what it returns. A rank holds some
 of the gradients, or shards of them; names would differ from rank to rank. While a pipeline trains, the function is made
@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.grads import grad_norm
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_zeroprompt.pipeline.pipeline import Pipeline
 
-__all__ = ["whole_grad_norm", "whole_grad_norms"]
+__all__ = ["clip_whole", "whole_grad_norm", "whole_grad_norms"]
 
 _CODE = grad_norm.__code__
 _LIGHTNINGS = types.FunctionType(_CODE, grad_norm.__globals__, "grad_norm", grad_norm.__defaults__)
@@ -44,6 +46,24 @@ def whole_grad_norms(pipeline: Pipeline) -> Iterator[None]:
         _training.remove(pipeline)
         if not _training:
             grad_norm.__code__ = _CODE
+
+
+def clip_whole(plugin: Precision, pipeline: Pipeline) -> None:
+    """Let a precision plugin clip by the whole model's gradients: it sees this rank's parameters alone.
+
+    Args:
+        plugin: Of the Trainer; changed in place.
+        pipeline: The model.
+    """
+
+    def clip_grad_by_norm(optimizer: Optimizer, clip_val: float) -> None:
+        pipeline.clip_grad_norm(list(plugin.main_params(optimizer)), float(clip_val))
+
+    def clip_grad_by_value(optimizer: Optimizer, clip_val: float) -> None:
+        pipeline.clip_grad_value(list(plugin.main_params(optimizer)), float(clip_val))
+
+    plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+    plugin.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
 
 
 def whole_grad_norm(module: nn.Module, norm_type: float | str, group_separator: str = "/") -> dict[str, Any]:

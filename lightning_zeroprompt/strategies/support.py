@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,6 +20,7 @@ from lightning_zeroprompt.pipeline.chain import Chain
 
 __all__ = [
     "fsdp_precision",
+    "hidden_example",
     "hydra_config",
     "join_results",
     "micro_seed",
@@ -61,6 +63,19 @@ def random_state(device: torch.device) -> Iterator[None]:
         torch.set_rng_state(host)
         if state is not None:
             torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def hidden_example(module: pl.LightningModule) -> Iterator[None]:
+    """Keep summaries and loggers from running a model of which a rank holds a part."""
+    example = module.example_input_array
+    if example is not None:
+        rank_zero_warn("zeropp: no rank can run example_input_array through the whole model; summaries show no sizes")
+    module.example_input_array = None
+    try:
+        yield
+    finally:
+        module.example_input_array = example
 
 
 def fsdp_precision(plugin: Precision) -> MixedPrecisionPolicy | None:

@@ -23,6 +23,7 @@ there yet; a loop of its own loses Lightning's accumulation, callbacks and profi
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -33,7 +34,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -52,13 +53,13 @@ from lightning_zeroprompt.strategies.callbacks import cut_averages, refuse_callb
 from lightning_zeroprompt.strategies.checkpoint.optimizer import load_named_state, named_state, numbers_to_names
 from lightning_zeroprompt.strategies.checkpoint.trainer import load_checkpoint, load_module_state, save_checkpoint
 from lightning_zeroprompt.strategies.compare import compare_ranks
-from lightning_zeroprompt.strategies.norms import whole_grad_norms
+from lightning_zeroprompt.strategies.norms import clip_whole, whole_grad_norms
 from lightning_zeroprompt.strategies.optimizers import OwnedOptimizers
 from lightning_zeroprompt.strategies.ranks import RankedStrategy
 from lightning_zeroprompt.strategies.schedules import AUTO, ScheduleSettings, Size
 from lightning_zeroprompt.strategies.steps import PipelineSteps
 from lightning_zeroprompt.strategies.stopping import StopSignals
-from lightning_zeroprompt.strategies.support import fsdp_precision, hydra_config, warn_of_batch_norm
+from lightning_zeroprompt.strategies.support import fsdp_precision, hidden_example, hydra_config, warn_of_batch_norm
 from lightning_zeroprompt.strategies.whole import WholeEvaluation, WholeModel
 
 __all__ = ["ZeroPPStrategy"]
@@ -78,6 +79,7 @@ class ZeroPPStrategy(RankedStrategy):
         schedule: One of ``pipeline.SCHEDULES``; or ``"auto"``: the planner chooses V, placement, unit and order, and
             the order anew for the times of the third batch (see ``auto``).
         costs: For ``schedule="auto"``: measured costs, or the path of a file with them; None estimates.
+        memory_limit: For ``schedule="auto"`` with costs: bytes that a GPU may hold in a step by their sizes.
         vshape: Place stages down the ranks and up again; None is the schedule's own placement.
         cap: See ``pipeline.build_schedule``.
         resident: K, stages of a rank whose weights are gathered at once; ``"auto"`` is 2 (or V, if less), or all where
@@ -116,6 +118,7 @@ class ZeroPPStrategy(RankedStrategy):
         unit: Size = "auto",
         schedule: str = "zeropp",
         costs: Costs | str | Path | None = None,
+        memory_limit: int | None = None,
         vshape: bool | None = None,
         cap: int | None = None,
         resident: Size = "auto",
@@ -135,10 +138,12 @@ class ZeroPPStrategy(RankedStrategy):
             timeout=timeout,
         )
         self._settings = ScheduleSettings(schedule, stages_per_rank, num_microbatches, unit, vshape, cap, resident)
-        if costs is not None and schedule != AUTO:
-            raise ValueError(f"costs with schedule={schedule!r}: only 'auto' plans with them; leave them out")
+        for name, given in (("costs", costs), ("memory_limit", memory_limit)):
+            if given is not None and schedule != AUTO:
+                raise ValueError(f"{name} with schedule={schedule!r}: only 'auto' plans with it; leave it out")
         per_rank = None if stages_per_rank == "auto" else stages_per_rank
-        self._auto = AutoSchedule(costs, per_rank) if schedule == AUTO else None
+        again = activation_checkpointing
+        self._auto = AutoSchedule(costs, per_rank, memory_limit, recompute=again) if schedule == AUTO else None
         if evaluation not in ("auto", "pipeline", "whole"):
             raise ValueError(f"evaluation={evaluation!r}: use 'pipeline', 'whole' or 'auto'")
         self._activation_checkpointing, self._cpu_offload = activation_checkpointing, cpu_offload
@@ -209,7 +214,7 @@ class ZeroPPStrategy(RankedStrategy):
         self.pipeline.prepare()
         self._running.callback(self._steps.metrics.detach)
         self._steps.metrics.attach()
-        self._hide_example(module)
+        self._running.enter_context(hidden_example(module))
         if fitting:
             self._running.enter_context(whole_grad_norms(self.pipeline))
             cut_averages(trainer.callbacks, module)  # type: ignore[attr-defined]
@@ -227,15 +232,6 @@ class ZeroPPStrategy(RankedStrategy):
             trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
         self._whole = WholeModel(self.pipeline)
         trainer.callbacks.insert(0, WholeEvaluation(self._whole))  # type: ignore[attr-defined]
-
-    def _hide_example(self, module: pl.LightningModule) -> None:
-        """Keep summaries and loggers from running a model of which a rank holds a part."""
-        example = module.example_input_array
-        if example is None:
-            return
-        rank_zero_warn("zeropp: no rank can run example_input_array through the whole model; summaries show no sizes")
-        module.example_input_array = None
-        self._running.callback(setattr, module, "example_input_array", example)
 
     def _cut(self, module: pl.LightningModule) -> None:
         self._schedules, self._first_count = {}, None
@@ -309,17 +305,7 @@ class ZeroPPStrategy(RankedStrategy):
     @override
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
-        plugin = self.precision_plugin
-
-        def clip_grad_by_norm(optimizer: Optimizer, clip_val: float) -> None:
-            self.pipeline.clip_grad_norm(list(plugin.main_params(optimizer)), float(clip_val))
-
-        def clip_grad_by_value(optimizer: Optimizer, clip_val: float) -> None:
-            self.pipeline.clip_grad_value(list(plugin.main_params(optimizer)), float(clip_val))
-
-        # The norm is the whole model's: a plugin sees this rank's parameters alone.
-        plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
-        plugin.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+        clip_whole(self.precision_plugin, self.pipeline)
 
     @override
     def model_to_device(self) -> None:
@@ -355,6 +341,11 @@ class ZeroPPStrategy(RankedStrategy):
     @override
     def on_train_start(self) -> None:
         self._listen()
+        if not gc.get_freeze_count():
+            # A collection walks over all there is, for tens of milliseconds, and all ranks wait for the one at it.
+            gc.collect()
+            gc.freeze()
+            self._running.callback(gc.unfreeze)
 
     @override
     def on_validation_start(self) -> None:

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from lightning_zeroprompt.pipeline.catalogue import build_schedule
-from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
+from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link, stage_costs
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.schedule import COMPUTE, Kind
+from lightning_zeroprompt.pipeline.simulator import simulate
 from lightning_zeroprompt.pipeline.timeline import Lane, TaskSpan
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 from lightning_zeroprompt.strategies.auto import AutoSchedule, estimated_costs, measured_costs
@@ -85,12 +86,14 @@ def test_measured_costs_are_medians():
         usual = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.WEIGHT: 0.5}[task.kind] * (task.stage + 1)
         return usual + (100.0 if task.micro_batch == 3 else 0.0)
 
-    costs = measured_costs(recorded(seconds), [10, 20, 30, 40])
-    for stage, block in enumerate(costs.blocks):
-        assert (block.forward, block.backward, block.weight) == pytest.approx(
-            (1.0 * (stage + 1), 2.0 * (stage + 1), 0.5 * (stage + 1))
-        )
-        assert block.parameters == 10 * (stage + 1)
+    link = Link(1e-5, 1e10)
+    known = [BlockCosts(1.0, 1.0, 1.0, 1.5, parameters=10 * stage, activations=stage) for stage in range(1, 5)]
+    costs = measured_costs(recorded(seconds), Costs(tuple(known), link, link, link))
+    for stage, block in enumerate(costs.blocks, 1):
+        assert (block.forward, block.backward, block.weight) == pytest.approx((1.0 * stage, 2.0 * stage, 0.5 * stage))
+        assert block.whole_backward == pytest.approx(2.5 * stage)
+        assert (block.parameters, block.activations) == (10 * stage, stage)
+    assert costs.message == link
 
 
 def test_plans_keep_the_placement_and_follow_what_was_measured():
@@ -104,7 +107,7 @@ def test_plans_keep_the_placement_and_follow_what_was_measured():
     def slow_weights(task):
         return {Kind.FORWARD: 1.0, Kind.BACKWARD: 1.0, Kind.WEIGHT: 5.0}[task.kind]
 
-    auto.learn(recorded(slow_weights), [1] * 4)
+    auto.learn(recorded(slow_weights))
     behind, _ = auto.build(placement, 1, 8)
     assert behind.placement == placement
     again, _ = auto.build(placement, 1, 8)
@@ -124,6 +127,84 @@ def test_given_costs_make_the_cut(tmp_path):
         AutoSchedule(Costs(costs.blocks[:5], link, link, link), 1).cut(chain(), 2, 1, 4)
 
 
+def sized():
+    """Costs of the model's six blocks whose fastest order holds more than others."""
+    link = Link(0.0, 1e15)
+    block = BlockCosts(1.0, 1.4, 0.85, gradients=10, state=40, activations=100, weight_inputs=60, output=5)
+    return Costs((block,) * 6, link, link, link)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_plans_keep_the_memory_limit(recompute):
+    costs = sized()
+    used = costs.recomputed() if recompute else costs
+
+    def peaks(limit):
+        """Before and behind the recorded batch, for the expected number of micro-batches and another."""
+        auto = AutoSchedule(costs, None, limit, recompute=recompute)
+        placement, cuts = auto.cut(chain(), ranks=2, data=1, micro_batches=8)
+        for _ in range(2):
+            for count in (8, 6):
+                schedule, _ = auto.build(placement, 1, count)
+                # Tasks that take other times than the costs say.
+                yield max(simulate(schedule, used, cuts).peak_bytes)
+            if not auto.measured:
+                auto.learn(slow(schedule))
+
+    def slow(schedule):
+        lanes = []
+        for tasks in schedule.tasks:
+            spans = [
+                TaskSpan(task, 3.0 * at, 3.0 * at + 2.5)
+                for at, task in enumerate(t for t in tasks if t.kind in COMPUTE)
+            ]
+            lanes.append(Lane(tuple(spans), (), None))
+        return lanes
+
+    free = list(peaks(None))
+    limit = round(0.8 * min(free))
+    assert all(peak <= limit for peak in peaks(limit))
+    assert max(free) > limit
+
+
+def test_a_limit_that_nothing_fits():
+    auto = AutoSchedule(sized(), None, 200)
+    with pytest.raises(
+        ValueError, match=r"memory_limit=.* nothing fits\. The smallest is .* bytes\)\. What would help"
+    ):
+        auto.cut(chain(), ranks=2, data=1, micro_batches=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "auto", "memory_limit": 10**9}, "nothing says what blocks hold; give costs= measured"),
+        ({"schedule": "zbv", "memory_limit": 10**9}, "memory_limit with schedule='zbv': only 'auto' plans with it"),
+        ({"schedule": "auto", "memory_limit": 0, "costs": sized()}, "memory_limit=0: give bytes a GPU"),
+    ],
+    ids=["no costs", "no plan", "zero"],
+)
+def test_limits_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ZeroPPStrategy(**settings)
+
+
+def test_an_order_is_kept_where_no_other_is_clearly_faster():
+    auto = AutoSchedule(sized(), None)
+    placement, cuts = auto.cut(chain(), ranks=2, data=1, micro_batches=8)
+    before, _ = auto.build(placement, 1, 8)
+    stages = stage_costs(sized(), cuts)
+    field = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "weight"}
+    lanes = [
+        Lane(
+            tuple(TaskSpan(t, 0.0, getattr(stages[t.stage], field[t.kind])) for t in tasks if t.kind in field), (), None
+        )
+        for tasks in before.tasks
+    ]
+    auto.learn(lanes)
+    assert auto.build(placement, 1, 8)[0] is before
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -137,5 +218,5 @@ def test_what_auto_chooses_is_not_given(settings, message):
 
 
 def test_costs_without_a_planner():
-    with pytest.raises(ValueError, match="costs with schedule='zbv': only 'auto' plans with them"):
+    with pytest.raises(ValueError, match="costs with schedule='zbv': only 'auto' plans with it"):
         ZeroPPStrategy(schedule="zbv", costs="costs.json")

@@ -175,6 +175,15 @@ class NanoGPT(Module):
         return F.cross_entropy(self(batch["input_ids"])[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
 
 
+class Compiled(NanoGPT):
+    """Blocks that are compiled, which leaves their weight gradients to be deferred."""
+
+    def __init__(self):
+        super().__init__()
+        for block in self.transformer.h:
+            block.compile(backend="aot_eager")
+
+
 class Sequential(Module):
     """All of the model, embedding and head included, in one nn.Sequential."""
 
@@ -299,6 +308,7 @@ MODELS = {
     "gru": lambda: NanoGPT(lambda: Recurrent(nn.GRU)),
     "experts": lambda: NanoGPT(Experts),
     "few large blocks": TwoTowers,
+    "compiled blocks": Compiled,
 }
 
 
@@ -384,3 +394,17 @@ def test_token_mean_of_the_whole_batch(run_ranks):
 def test_model(model, run_ranks):
     settings = {"stages_per_rank": 2} if model == "few large blocks" else {}
     compare(run_ranks(both, 2, settings, model, (), 1))
+
+
+def sharded(make):
+    losses, _, held = fit({"data_parallel_size": 2}, make, (), 1)
+    return losses, {name: part.to_local() for name, part in held.items()}
+
+
+def test_compiled_blocks_with_sharded_weights(run_ranks):
+    together = zip(run_ranks(sharded, 4, "nanogpt"), run_ranks(sharded, 4, "compiled blocks"), strict=True)
+    for (losses, held), (expected, parts) in together:
+        assert losses == pytest.approx(expected, abs=1e-9)
+        assert held.keys() == parts.keys()
+        for name, part in held.items():
+            torch.testing.assert_close(part, parts[name], rtol=0, atol=1e-9)

@@ -126,8 +126,11 @@ def plain(model, device):
     return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
 
 
-def errors(device_type, data, dtype, names=tuple(SETTINGS)):
-    """For each schedule the largest relative error of a gradient: ours, and plain autograd's in the same type."""
+def errors(device_type, data, dtype, names=tuple(SETTINGS), backend=None):
+    """For each schedule the largest relative error of a gradient: ours, and plain autograd's in the same type.
+
+    With a ``backend`` our blocks are compiled by it.
+    """
     device = start(device_type)
     torch.manual_seed(0)
     model = Model()
@@ -136,20 +139,24 @@ def errors(device_type, data, dtype, names=tuple(SETTINGS)):
     same_type = plain(model, device)
     found = {}
     for name in names:
-        pipeline, step = cut(copy.deepcopy(model), name, Layout(dist.get_world_size() // data, data), device)
+        ours = copy.deepcopy(model)
+        if backend is not None:
+            for block in ours.blocks:
+                block.compile(backend=backend)
+        pipeline, step = cut(ours, name, Layout(dist.get_world_size() // data, data), device)
         for _ in range(2):
             # The second step finds what the first has left behind.
             for parameter in pipeline.parameters().values():
                 parameter.grad = None
             step()
-        ours = {
+        held = {
             key: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).double()
             for key, p in pipeline.parameters().items()
         }
-        assert ours
+        assert held
         found[name] = tuple(
-            max(float((grads[key] - exact[key]).norm() / exact[key].norm()) for key in ours)
-            for grads in (ours, same_type)
+            max(float((grads[key] - exact[key]).norm() / exact[key].norm()) for key in held)
+            for grads in (held, same_type)
         )
     dist.destroy_process_group()
     return found
@@ -271,6 +278,14 @@ def test_gradients_in_bfloat16(data):
     """Against float64, at most 1.5 times as far as plain autograd in bfloat16 is."""
     for found in run_distributed(errors, RANKS, "cuda", data, torch.bfloat16):
         assert all(ours < 1.5 * plain for ours, plain in found.values()), found
+
+
+@pytest.mark.parametrize("data", SHARED)
+def test_gradients_of_compiled_blocks(data):
+    """The bounds of ``test_gradients_in_float32``."""
+    names = ("zeropp", "zbv")
+    for found in run_distributed(errors, RANKS, "cuda", data, torch.float32, names, "inductor", timeout=300):
+        assert all(ours < 1e-5 for ours, _ in found.values()), found
 
 
 @pytest.mark.parametrize("data", SHARED)

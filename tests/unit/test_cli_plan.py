@@ -3,6 +3,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from lightning_zeroprompt.cli.plan_costs import (
     parse_operations,
     parse_seconds,
 )
-from lightning_zeroprompt.pipeline import Costs, Link, build_schedule, simulate
+from lightning_zeroprompt.pipeline import BlockCosts, Costs, Link, build_schedule, simulate
 from lightning_zeroprompt.pipeline.invented import GPT_SHAPES, GptShape, gpt_costs
-from lightning_zeroprompt.pipeline.profiler import FlopMeter
+from lightning_zeroprompt.pipeline.meters import FlopMeter
 
 SIZES = {"state": 2**30, "parameters": 2**28, "gradients": 2**28, "activations": 2**27, "weight_inputs": 2**26}
 
@@ -203,6 +204,18 @@ def test_costs_with_gaps_are_named(costs, tmp_path, capsys):
     del data["blocks"][0]["weight"]
     path.write_text(json.dumps(data))
     assert "blocks[0].weight is missing" in fails(capsys, "--costs", path, "--ranks", 2)
+
+
+def test_a_limit_goes_with_the_costs_that_it_is_compared_with(costs, tmp_path, capsys):
+    # A head that weighs more than a block: the best order is in no catalogue.
+    replace(costs[0], behind=BlockCosts(2.4e-3, 3e-3, 2e-3)).save(tmp_path / "uneven.json")
+    given = ("--costs", tmp_path / "uneven.json", "--ranks", 2, "--micro-batches", 4, "--memory", "20GiB")
+    lines = printed(capsys, *given).splitlines()
+    pasted = next(line for line in lines if line.startswith("strategy = "))
+    assert "schedule='auto'" in pasted
+    assert f"memory_limit={20 * 2**30}" in pasted
+    names = {"ZeroPPStrategy": lightning_zeroprompt.strategies.ZeroPPStrategy}
+    eval(pasted.removeprefix("strategy = "), names)
 
 
 def test_quantities():

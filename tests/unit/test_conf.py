@@ -141,6 +141,7 @@ STRATEGIES = {
     "ddp": DDPStrategy,
     "fsdp2": ModelParallelStrategy,
     "zeropp": ZeroPPStrategy,
+    "zeropp_auto": ZeroPPStrategy,
     "zeropp_small": ZeroPPStrategy,
 }
 

@@ -168,10 +168,11 @@ def test_local_models_rewrite_sentences(folders):
     causal, seq2seq = folders
     requests = [TextRequest("Is it good?"), TextRequest('Is "it" good or is it something else that is longer?')] * 20
     state = torch.random.get_rng_state()
-    found = SentenceContinuation(seq2seq, num_samples=3)(requests, seed=1)
+    # With so small a sum of probabilities the likeliest token is the only one; sampled ones may err now and then.
+    found = SentenceContinuation(seq2seq, num_samples=3, top_p=1e-6)(requests, seed=1)
     assert len(found) == 40
     assert found[0] == ["so it be"]
-    there_and_back = BackTranslation(seq2seq, seq2seq, num_samples=2)(requests, seed=1)
+    there_and_back = BackTranslation(seq2seq, seq2seq, num_samples=2, top_p=1e-6)(requests, seed=1)
     assert len(there_and_back) == 40
     assert there_and_back[0][0] == 'so it be" and'
     texts = SentenceContinuation(causal, max_new_tokens=5)

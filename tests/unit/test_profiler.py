@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from lightning_zeroprompt.models import Text2TextModule
 from lightning_zeroprompt.pipeline.costs import Link
 from lightning_zeroprompt.pipeline.find_chain import find_chain
-from lightning_zeroprompt.pipeline.profiler import DeviceMeter, FlopMeter, profile_chain
+from lightning_zeroprompt.pipeline.meters import DeviceMeter, FlopMeter
+from lightning_zeroprompt.pipeline.profiler import profile_chain
 from lightning_zeroprompt.pipeline.weight_grad import DeferredLinear
 
 WIDTH, ROWS, CLASSES = 16, 6, 10
@@ -107,3 +108,22 @@ def test_our_t5_with_its_tuples():
     assert len(set(costs.blocks)) < len(chain)
     # The decoder's stream carries the encoder's output too.
     assert costs.blocks[-2].output > costs.blocks[1].output
+
+
+def test_times_are_those_of_a_device_under_load():
+    class Hot(FlopMeter):
+        def under_load(self, phases):
+            for phase in phases:
+                phase()
+            return 3 * 2 * ROWS * 3 * 8 * WIDTH**2
+
+    with torch.device("meta"):
+        model = Model()
+    cold, hot = (profiled(model, meter(flops=1.0, bandwidth=1e30)) for meter in (FlopMeter, Hot))
+    for block, slow in zip((*cold.blocks, cold.behind), (*hot.blocks, hot.behind), strict=True):
+        assert slow.forward == pytest.approx(3 * block.forward)
+        assert slow.backward == pytest.approx(3 * block.backward)
+        assert slow.weight == pytest.approx(3 * block.weight)
+        assert slow.whole_backward == pytest.approx(3 * block.whole_backward)
+        assert (slow.state, slow.host_forward) == (block.state, block.host_forward)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -267,3 +267,86 @@ def test_transformers_t5(tied: bool, checkpointing: bool | None) -> None:
 
     linears = sum(type(part) is nn.Linear for part in model.modules())
     compare(model, token_batches(30), linears, loss)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False], ids=["stage", "first stage"])
+def test_compiled_blocks_of_several_stages(bias: bool, requires_grad: bool) -> None:
+    # The code of a block is compiled once, and used with the stores of all stages and, behind them, with none.
+    torch._dynamo.reset()
+    linears = [[nn.Linear(6, 8, bias=bias), nn.Linear(8, 6, bias=bias)] for _ in range(4)]
+    blocks = [nn.Sequential(nn.LayerNorm(6), up, nn.GELU(), down) for up, down in linears]
+    stages = [nn.Sequential(*blocks[:2]), nn.Sequential(*blocks[2:])]
+    references = copy.deepcopy(stages)
+    for stage in stages:
+        defer_linears(stage)
+        for block in stage:
+            block.compile(backend="aot_eager")
+    for stage, reference in zip(stages, references, strict=True):
+        batches = inputs(3, 5, 6, requires_grad=requires_grad)
+        theirs = [batch.detach().clone().requires_grad_(requires_grad) for batch in batches]
+        assert split_backward(stage, batches, mean_square, WeightGradStore()) == [4, 4]
+        full_backward(reference, theirs, mean_square)
+        assert_same_gradients(stage, reference)
+        if requires_grad:
+            for our, their in zip(batches, theirs, strict=True):
+                assert our.grad is not None
+                assert_close(our.grad, their.grad)
+    for stage, reference in zip(stages, references, strict=True):
+        full_backward(stage, batches, mean_square)
+        full_backward(reference, theirs, mean_square)
+        assert_same_gradients(stage, reference)
+
+
+def compiled_like(net: nn.Module, *, backend: str = "aot_eager") -> tuple[nn.Module, nn.Module]:
+    """A module that defers and is compiled, and a copy that is neither."""
+    torch._dynamo.reset()
+    reference = copy.deepcopy(net)
+    defer_linears(net)
+    net.compile(backend=backend)
+    return net, reference
+
+
+@pytest.mark.parametrize("case", ["shared weight", "shared bias", "frozen weight, trainable bias", "unused Linear",
+                                  "one Linear twice in a row", "two outputs", "multi-head attention"])  # fmt: skip
+def test_compiled_modules(case: str) -> None:
+    net, reference = compiled_like(CASES[case][0]())
+    batches = inputs(3, 5, 6)
+    theirs = [batch.detach().clone().requires_grad_() for batch in batches]
+    assert split_backward(net, batches, mean_square, WeightGradStore()) == [CASES[case][1]] * 2
+    full_backward(reference, theirs, mean_square)
+    assert_same_gradients(net, reference)
+
+
+def test_compiled_code_without_a_store_makes_all_gradients() -> None:
+    net, reference = compiled_like(Net(straight))
+    batches = inputs(3, 5, 6)
+    with WeightGradStore().record():
+        loss = mean_square(net, batches[0])  # the forward pass alone has a store
+    loss.backward()
+    full_backward(net, batches[1:], mean_square)
+    full_backward(reference, [batch.detach() for batch in batches], mean_square)
+    assert_same_gradients(net, reference)
+
+
+def test_a_compiled_block_is_checkpointed() -> None:
+    net, reference = compiled_like(Net(straight))
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return mean_square(lambda x: checkpoint(model, x, use_reentrant=False), batch)  # type: ignore[arg-type]
+
+    batches = inputs(3, 5, 6)
+    theirs = [batch.detach().clone().requires_grad_() for batch in batches]
+    assert split_backward(net, batches, loss, WeightGradStore()) == [3, 3]
+    full_backward(reference, theirs, mean_square)
+    assert_same_gradients(net, reference)
+
+
+def test_a_copy_that_is_not_known_is_refused() -> None:
+    net, _ = compiled_like(Net(straight))
+    stranger = copy.deepcopy(net)
+    stranger.compile(backend="aot_eager")
+    with WeightGradStore().record():
+        loss = mean_square(stranger, torch.randn(3, 6, requires_grad=True))
+        with pytest.raises(RuntimeError, match="copied after defer_linears"):
+            loss.backward()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases of ``pipeline.py`` that run through the Lightning Trainer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from pipeline_ours import OURS, split_settings
+from pipeline_support import Bench, Clock, Gpt, Measured, loss_of
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_zeroprompt.strategies import ZeroPPStrategy
+from lightning_zeroprompt.strategies.auto import RECORDED_BATCH
+
+__all__ = ["NoStep", "TimeBatches", "fit", "run_lightning"]
+
+
+class _Module(pl.LightningModule):
+    def __init__(self, gpt: Gpt) -> None:
+        super().__init__()
+        self.gpt = gpt
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return loss_of(self.gpt(batch[0]), batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return NoStep(self.parameters(), lr=0.0)
+
+
+class NoStep(torch.optim.SGD):
+    """Runs the closure, forward and backward passes, and changes nothing: the bare executor has no optimizer either."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Run the closure."""
+        return None if closure is None else closure()
+
+
+class TimeBatches(pl.Callback):
+    """From one batch's start to the next: what the Trainer does between batches counts."""
+
+    def __init__(self, bench: Bench, warmup: int) -> None:
+        self._bench, self._warmup, self.clock, self._seen = bench, warmup, Clock(bench), 0
+        self.loss: Tensor | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """A step begins here, and the one before it ends."""
+        if self._seen > self._warmup:
+            self.clock.stop()
+        elif self._seen == self._warmup:
+            self._bench.synchronize()
+            self._bench.reset_peak()
+        if self._warmup <= self._seen:
+            self.clock.start()
+        self._seen += 1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss of the last step that is timed."""
+        if self._seen <= self._warmup + self._bench.args.steps:
+            self.loss = outputs["loss"]  # type: ignore[index]
+
+
+def fit(bench: Bench, module: pl.LightningModule, strategy: ZeroPPStrategy, batches: Any, warmup: int) -> Measured:
+    """Train for the benchmark's steps and time them.
+
+    Args:
+        bench: Settings.
+        module: Says its own loss, and should step by :class:`NoStep`.
+        strategy: Of the Trainer.
+        batches: A loader or a DataModule with batches enough.
+        warmup: Batches that are not timed.
+    """
+    timer = TimeBatches(bench, warmup)
+    trainer = pl.Trainer(
+        strategy=strategy,
+        accelerator=bench.device.type,
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        num_nodes=bench.world // int(os.environ["LOCAL_WORLD_SIZE"]),
+        precision="bf16-true" if bench.cuda else "32-true",
+        # One batch more: a step ends where the next one starts.
+        max_steps=warmup + bench.args.steps + 1,
+        callbacks=[timer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, batches)
+    return timer.clock.measured(None if timer.loss is None else float(timer.loss))
+
+
+def run_lightning(bench: Bench, micro_batches: int, *, name: str) -> Measured:
+    """One of our schedules, or the planner's, through the Trainer."""
+    auto = name == "auto"
+    settings = {"schedule": "auto", "costs": bench.costs} if auto else OURS[name]
+    ranks, count, settings = split_settings(bench, micro_batches, settings)
+    # The order is planned anew for the times of one early batch.
+    warmup = bench.args.warmup + (RECORDED_BATCH if auto else 0)
+    strategy = ZeroPPStrategy(ranks, bench.world // ranks, num_microbatches=count, **settings)
+    rows = bench.tokens(count).cpu()
+    every = TensorDataset(rows.repeat((warmup + bench.args.steps + 1) * bench.world // ranks, 1))
+    return fit(bench, _Module(bench.model()), strategy, DataLoader(every, len(rows)), warmup)

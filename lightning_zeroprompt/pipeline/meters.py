@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long parts of a block's run take: measured on a device, or estimated from counted operations.
+
+* :class:`DeviceMeter` times: on a GPU by events, with the GPU kept busy while the host launches, and how long launching
+  took by the host's clock; medians of a few repeats. Memory on a GPU is the allocator's.
+* :class:`FlopMeter` counts operations with ``torch.utils.flop_counter``, on the meta device too, and divides by a rate:
+  a model that does not fit, on a machine that one does not have.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy
+
+__all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase"]
+
+_LONGEST_BUSY = 0.1
+"""Seconds that a GPU is kept waiting for its host's launches at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What one part of a block's run took."""
+
+    seconds: float
+    host: float
+    workspace: int = 0
+
+    def shared(self, times: int, workspace: int) -> Phase:
+        """Of one of so many blocks in a row."""
+        return Phase(self.seconds / times, self.host / times, workspace)
+
+
+class Meter(Protocol):
+    """Runs the phases of a block, and says what each took."""
+
+    device: torch.device
+    row: int
+    """How often a block is run in a row where it takes what it returns."""
+
+    def context(self) -> AbstractContextManager[Any]:
+        """What forward passes run in."""
+
+    def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[Phase]:
+        """Run phases one after another.
+
+        Args:
+            phases: Each relies on the ones before it.
+            moved: Bytes that a pass over the block reads or writes besides its operations' factors.
+        """
+
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> float | None:
+        """Seconds of all phases, one after another, once the device has been busy for a while.
+
+        Args:
+            phases: As of :meth:`measure`.
+
+        Returns:
+            None where that makes no difference.
+        """
+
+
+class DeviceMeter:
+    """Measures on a device.
+
+    Args:
+        device: Where the blocks are.
+        repeats: How often; the median counts.
+        warmup: Runs before that.
+        row: How often a block is run in a row where it takes what it returns: what a call of autograd, or of a stage,
+            costs the host is then shared by blocks, as it is in a step.
+        load: Seconds for which a GPU is kept at work to see how fast it is then: its clocks fall as it reaches the
+            power it may draw.
+    """
+
+    def __init__(
+        self, device: torch.device, repeats: int = 5, warmup: int = 2, row: int = 4, load: float = 1.0
+    ) -> None:
+        self.device, self.row, self._load = device, row, load
+        self._repeats, self._warmup, self._cuda = repeats, warmup, device.type == "cuda"
+
+    def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[Phase]:
+        """See :class:`Meter`."""
+        seconds: list[list[float]] = [[] for _ in phases]
+        hosts: list[list[float]] = [[] for _ in phases]
+        most, busy = [0] * len(phases), [1e-3] * len(phases)
+        for run in range(self._warmup + self._repeats):
+            for index, phase in enumerate(phases):
+                device, host, memory = self._once(phase, busy[index])
+                busy[index] = min(2 * host, _LONGEST_BUSY)
+                if run >= self._warmup:
+                    seconds[index].append(device)
+                    hosts[index].append(host)
+                    most[index] = max(most[index], memory)
+        return [
+            Phase(statistics.median(own), statistics.median(host) if self._cuda else 0.0, memory)
+            for own, host, memory in zip(seconds, hosts, most, strict=True)
+        ]
+
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> float | None:
+        """See :class:`Meter`."""
+        if not self._cuda or self._load <= 0:
+            return None
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]  # type: ignore[no-untyped-call]
+        begin, rounds = time.perf_counter(), 0
+        # The host keeps this lead over a device that is the slower one of the two.
+        keep_busy(_LONGEST_BUSY)
+        while time.perf_counter() - begin < self._load:
+            for phase in phases:
+                phase()
+            rounds += 1
+            if rounds % 8 == 0:
+                # Launches run ahead of the device by so many rounds at most.
+                marks[rounds // 8 % 2].synchronize()
+                marks[rounds // 8 % 2].record()
+        measured = max(4, rounds // 4)
+        marks[0].record()
+        begin = time.perf_counter()
+        for _ in range(measured):
+            for phase in phases:
+                phase()
+        host = time.perf_counter() - begin
+        marks[2].record()
+        torch.cuda.synchronize(self.device)
+        seconds = float(marks[0].elapsed_time(marks[2])) / 1e3
+        # A device that waits for its host is under no load.
+        return seconds / measured if host < 0.97 * seconds else None
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Nothing special."""
+        return nullcontext()
+
+    def _once(self, phase: Callable[[], Any], busy: float) -> tuple[float, float, int]:
+        if not self._cuda:
+            begin = time.perf_counter()
+            phase()
+            return time.perf_counter() - begin, 0.0, 0
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        held = torch.cuda.memory_allocated(self.device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        # The device is kept busy while the host launches, so that its time has no gaps in it.
+        keep_busy(busy)
+        first.record()
+        begin = time.perf_counter()
+        phase()
+        host = time.perf_counter() - begin
+        last.record()
+        torch.cuda.synchronize(self.device)
+        after = max(held, torch.cuda.memory_allocated(self.device))
+        return first.elapsed_time(last) / 1e3, host, max(0, torch.cuda.max_memory_allocated(self.device) - after)
+
+
+class FlopMeter:
+    """Estimates from counted operations.
+
+    Args:
+        flops: Operations a second that matrix products reach.
+        bandwidth: Bytes a second to and from the device's memory.
+        host: Seconds in which the host launches one phase of one block.
+        device: Where the blocks are; the meta device runs nothing.
+    """
+
+    def __init__(self, flops: float, bandwidth: float, host: float = 0.0, device: torch.device | str = "meta") -> None:
+        if flops <= 0 or bandwidth <= 0 or host < 0:
+            raise ValueError(f"flops={flops}, bandwidth={bandwidth} have to be above 0, host={host} at least 0")
+        self.row = 1
+        self._flops, self._bandwidth, self._host, self.device = flops, bandwidth, host, torch.device(device)
+
+    def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[Phase]:
+        """See :class:`Meter`."""
+        found = []
+        for phase in phases:
+            with FlopCounterMode(display=False) as counter:
+                phase()
+            found.append(Phase(counter.get_total_flops() / self._flops + moved / self._bandwidth, self._host))
+        return found
+
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> float | None:
+        """See :class:`Meter`: the rate that was given is what counts."""
+        return None
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Attention as GPUs do it, without the matrix of all scores that it would make on the meta device."""
+        return _FusedAttention() if self.device.type == "meta" else nullcontext()
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        run = fused_attention if func is F.scaled_dot_product_attention else func
+        return run(*args, **(kwargs or {}))
