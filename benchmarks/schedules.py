@@ -5,7 +5,8 @@
 
 Costs are those measured on H200 for a GPT stack of width 2,560 and 2,048 tokens a micro-batch, with eight layers a rank
 whatever the number of ranks, so that a rank's work stays the same, less one to make room for the head. Prints a JSON
-object last; with --out it writes schedules.json, schedules.png and the tables of schedules.md (tables.md).
+object last; with --out it writes schedules.json, schedules.png and the tables of schedules.md (tables.md). Cases that
+schedules.json in that folder has already are not simulated again: all of them take an hour on one core.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning_zeroprompt.cli.config import write_atomically
 from lightning_zeroprompt.pipeline import BlockCosts, Costs, Link, Placement, build_schedule, plan, simulate
 from lightning_zeroprompt.pipeline.partition import measured_cuts
 
@@ -159,11 +161,15 @@ def main() -> None:
     parser.add_argument("--multiples", type=int, nargs="+", default=[1, 2, 4, 8], help="M as multiples of P")
     parser.add_argument("--out", type=Path, help="folder for schedules.json, schedules.png, tables.md")
     args = parser.parse_args()
+    known = args.out / "schedules.json" if args.out else None
+    done = json.loads(known.read_text()) if known and known.exists() else []
+    found = {(each["ranks"], each["micro_batches"], each["interconnect"]): each for each in done}
     cases = []
     for ranks in args.ranks:
         for multiple in args.multiples:
             for interconnect in INTERCONNECTS:
-                cases.append(case(ranks, multiple * ranks, interconnect))
+                size = (ranks, multiple * ranks, interconnect)
+                cases.append(found.get(size) or case(*size))
                 rows = cases[-1]["schedules"]
                 least = min(row["seconds"] for label, row in rows.items() if label != "auto")
                 print(
@@ -173,8 +179,9 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-                if args.out:
-                    (args.out / "schedules.json").write_text(json.dumps(cases))
+                found[size] = cases[-1]
+                if known:
+                    write_atomically(known, json.dumps(list(found.values())))
     if args.out:
         picture(cases, args.out / "schedules.png")
         (args.out / "tables.md").write_text(tables(cases))
