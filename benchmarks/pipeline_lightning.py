@@ -9,11 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from pipeline_ours import OURS, split_settings
+from pipeline_ours import OURS, spent, split_settings
 from pipeline_support import Bench, Clock, Gpt, Measured, loss_of
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_zeroprompt.callbacks import PipelineMonitor
+from lightning_zeroprompt.pipeline.render import write_timeline
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 from lightning_zeroprompt.strategies.auto import RECORDED_BATCH
 
@@ -66,7 +68,14 @@ class TimeBatches(pl.Callback):
             self.loss = outputs["loss"]  # type: ignore[index]
 
 
-def fit(bench: Bench, module: pl.LightningModule, strategy: ZeroPPStrategy, batches: Any, warmup: int) -> Measured:
+def fit(
+    bench: Bench,
+    module: pl.LightningModule,
+    strategy: ZeroPPStrategy,
+    batches: Any,
+    warmup: int,
+    record: str | None = None,
+) -> Measured:
     """Train for the benchmark's steps and time them.
 
     Args:
@@ -75,23 +84,33 @@ def fit(bench: Bench, module: pl.LightningModule, strategy: ZeroPPStrategy, batc
         strategy: Of the Trainer.
         batches: A loader or a DataModule with batches enough.
         warmup: Batches that are not timed.
+        record: Write the timeline of one more step under this name.
     """
     timer = TimeBatches(bench, warmup)
+    # One batch more: a step ends where the next one starts.
+    steps = warmup + bench.args.steps + 1
+    callbacks: list[pl.Callback] = [timer]
+    monitor = PipelineMonitor(steps + 1, timeline=False, flops_per_token=1.0)
+    if record is not None:
+        callbacks.append(monitor)
+        steps += 1
     trainer = pl.Trainer(
         strategy=strategy,
         accelerator=bench.device.type,
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         num_nodes=bench.world // int(os.environ["LOCAL_WORLD_SIZE"]),
         precision="bf16-true" if bench.cuda else "32-true",
-        # One batch more: a step ends where the next one starts.
-        max_steps=warmup + bench.args.steps + 1,
-        callbacks=[timer],
+        max_steps=steps,
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, batches)
+    if monitor.recorded is not None and record is not None:
+        write_timeline(monitor.recorded, bench.args.timeline, record, title=record)
+        print("\n".join(spent(monitor.recorded)), flush=True)
     return timer.clock.measured(None if timer.loss is None else float(timer.loss))
 
 

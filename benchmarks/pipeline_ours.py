@@ -35,7 +35,7 @@ from lightning_zeroprompt.pipeline.schedule import Kind, Schedule
 from lightning_zeroprompt.pipeline.simulator import Simulator
 from lightning_zeroprompt.pipeline.timeline import Timeline, align
 
-__all__ = ["LIMIT_OF_PEAK", "OURS", "PLANNED", "costs_of", "run_ours", "run_planned", "split_settings"]
+__all__ = ["LIMIT_OF_PEAK", "OURS", "PLANNED", "costs_of", "run_ours", "run_planned", "spent", "split_settings"]
 
 OURS: dict[str, dict[str, Any]] = {
     "zeropp-v2": {"schedule": "zeropp", "stages_per_rank": 2},
@@ -241,7 +241,8 @@ def _run(bench: Bench, schedule: Schedule, cuts: list[tuple[int, int]], name: st
     if bench.args.timeline is not None:
         timeline = _record(bench, pipeline, step, name)
         if bench.costs is not None:
-            bench.say(_spent(timeline, Simulator(schedule, bench.costs, cuts, data_parallel=data).run().timeline))
+            expected = Simulator(schedule, bench.costs, cuts, data_parallel=data).run().timeline
+            bench.say("\n".join(spent(timeline, expected)))
     return replace(measured, predicted=predicted)
 
 
@@ -257,16 +258,24 @@ def _record(bench: Bench, pipeline: Pipeline, step: Step, name: str) -> Timeline
     return timeline
 
 
-def _spent(measured: Timeline, predicted: Timeline) -> str:
-    """Where the time of a recorded step went, beside what the simulator says of it; ranks of one pipeline."""
+def spent(measured: Timeline, predicted: Timeline | None = None) -> list[str]:
+    """Where the time of a recorded step went, a line for each rank of one pipeline.
+
+    Args:
+        measured: All ranks' lanes.
+        predicted: What the simulator says of one pipeline; it stands in parentheses.
+    """
     lines = []
-    for rank, expected in enumerate(predicted.lanes):
-        lane = measured.lanes[rank * (len(measured.lanes) // len(predicted.lanes))]
-        sums = [
-            [1e3 * sum(s.end - s.start for s in each.tasks if s.task.kind is kind) for each in (lane, expected)]
-            for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)
-        ]
-        tasks = "  ".join(f"{kind} {a:.1f} ({b:.1f})" for kind, (a, b) in zip("FBW", sums, strict=True))
+    ranks = len(measured.lanes if predicted is None else predicted.lanes)
+    for rank in range(ranks):
+        lanes = [measured.lanes[rank * (len(measured.lanes) // ranks)]]
+        lanes += [] if predicted is None else [predicted.lanes[rank]]
+        tasks = ""
+        for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT):
+            sums = [1e3 * sum(s.end - s.start for s in lane.tasks if s.task.kind is kind) for lane in lanes]
+            tasks += f"{kind} {sums[0]:.1f} " + "".join(f"({each:.1f}) " for each in sums[1:])
         idle = "  ".join(f"{cause} {1e3 * seconds:.1f}" for cause, seconds in measured.idle(rank).items())
-        lines.append(f"      rank {rank}: {tasks} ms recorded (predicted); idle: {idle} ms")
-    return "\n".join(lines)
+        lines.append(
+            f"      rank {rank}: {tasks}ms recorded{' (predicted)' * (predicted is not None)}; idle: {idle} ms"
+        )
+    return lines

@@ -114,8 +114,10 @@ def run_strategy(bench: Bench, corpus: Corpus, micro_batches: int, schedule: str
         settings |= {"schedule": "auto", "costs": bench.costs}
     elif schedule != "auto":
         settings["stages_per_rank"] = 1 if schedule in ("1f1b", "zb_h1") else bench.args.stages_per_rank
-    data = _data(bench, corpus, micro_batches, bench.args.warmup + bench.args.steps + 1)
-    return fit(bench, _module(bench, corpus), ZeroPPStrategy(bench.world, **settings), data, bench.args.warmup)
+    data = _data(bench, corpus, micro_batches, bench.args.warmup + bench.args.steps + 2)
+    strategy = ZeroPPStrategy(bench.world, **settings)
+    record = None if bench.args.timeline is None else f"{schedule}_m{micro_batches}"
+    return fit(bench, _module(bench, corpus), strategy, data, bench.args.warmup, record)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -132,6 +134,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoder-length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=RECORDED_BATCH + 2, help="auto plans anew in it")
+    parser.add_argument("--timeline", type=Path, help="write timelines of one more step of each case into a folder")
     parser.add_argument("--compile", action="store_true", help="the layers of all cases")
     parser.add_argument("--nccl", action="store_true", help="measure messages by NCCL")
     parser.add_argument("--costs", type=Path, help="costs measured before, instead of measuring them")
