@@ -250,6 +250,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--heat-s", type=float, default=2.0, help="of matrix products on GPUs before each case")
     parser.add_argument("--growth", type=int, default=0, help="so many steps, and how memory grew")
     parser.add_argument("--nccl", action="store_true", help="our cases on the bare executor send by NCCL alone")
     parser.add_argument("--timeline", type=Path, help="write timelines of our cases on the bare executor into a folder")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lightning_zeroprompt.pipeline.costs import Costs
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
+from lightning_zeroprompt.pipeline.meters import keep_working
 
 __all__ = ["Bench", "Clock", "Gpt", "Measured", "Step", "loss_of"]
 
@@ -186,6 +187,12 @@ class Bench:
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors}
         return sum(storages.values()), sum(storages.values())
 
+    def heat(self) -> None:
+        """Bring a GPU to the clocks that it has after seconds of training, which are lower than its first ones."""
+        if self.cuda:
+            keep_working(self.device, self.args.heat_s)
+            self.synchronize()
+
     def reset_peak(self) -> None:
         """Begin anew to look for the most memory."""
         if self.cuda:
@@ -196,6 +203,7 @@ class Bench:
         # As the strategy does: collections would walk over every object of all modules in the midst of a step.
         gc.collect()
         gc.freeze()
+        self.heat()
         for _ in range(self.args.warmup):
             step()
         self.synchronize()

@@ -134,6 +134,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoder-length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=RECORDED_BATCH + 2, help="auto plans anew in it")
+    parser.add_argument("--heat-s", type=float, default=2.0, help="of matrix products on GPUs before each case")
     parser.add_argument("--timeline", type=Path, help="write timelines of one more step of each case into a folder")
     parser.add_argument("--compile", action="store_true", help="the layers of all cases")
     parser.add_argument("--nccl", action="store_true", help="measure messages by NCCL")

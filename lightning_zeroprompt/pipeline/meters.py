@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy
 
-__all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase"]
+__all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase", "keep_working"]
 
 _LONGEST_BUSY = 0.1
 """Seconds that a GPU is kept waiting for its host's launches at most."""
+_LEAD, _MEASURED, _WAITING = 0.03, 0.15, 1.3
+"""Under load: seconds of the host's lead and of what is measured, and how many times the device's time all may take."""
+_WIDTH = 4096
+"""Of the matrices that keep a GPU at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +117,8 @@ class DeviceMeter:
         """See :class:`Meter`."""
         if not self._cuda or self._load <= 0:
             return None
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]  # type: ignore[no-untyped-call]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
         begin, rounds = time.perf_counter(), 0
-        # The host keeps this lead over a device that is the slower one of the two.
-        keep_busy(_LONGEST_BUSY)
         while time.perf_counter() - begin < self._load:
             for phase in phases:
                 phase()
@@ -124,18 +127,20 @@ class DeviceMeter:
                 # Launches run ahead of the device by so many rounds at most.
                 marks[rounds // 8 % 2].synchronize()
                 marks[rounds // 8 % 2].record()
-        measured = max(4, rounds // 4)
+        torch.cuda.synchronize(self.device)
+        wall = (time.perf_counter() - begin) / rounds
+        measured = max(4, math.ceil(_MEASURED / wall))
+        # The host's lead, or the device would wait for a host that is no faster, and be measured with its gaps.
+        keep_working(self.device, _LEAD)
         marks[0].record()
-        begin = time.perf_counter()
         for _ in range(measured):
             for phase in phases:
                 phase()
-        host = time.perf_counter() - begin
-        marks[2].record()
+        marks[1].record()
         torch.cuda.synchronize(self.device)
-        seconds = float(marks[0].elapsed_time(marks[2])) / 1e3
-        # A device that waits for its host is under no load.
-        return seconds / measured if host < 0.97 * seconds else None
+        seconds = float(marks[0].elapsed_time(marks[1])) / 1e3 / measured
+        # A device that waits for its host for long is under no load, in training neither.
+        return seconds if wall < _WAITING * seconds else None
 
     def context(self) -> AbstractContextManager[Any]:
         """Nothing special."""
@@ -160,6 +165,25 @@ class DeviceMeter:
         torch.cuda.synchronize(self.device)
         after = max(held, torch.cuda.memory_allocated(self.device))
         return first.elapsed_time(last) / 1e3, host, max(0, torch.cuda.max_memory_allocated(self.device) - after)
+
+
+def keep_working(device: torch.device, seconds: float) -> None:
+    """Let a GPU multiply matrices for about so long, while the host goes on: its clocks stay where work puts them.
+
+    Args:
+        device: A GPU.
+        seconds: At least.
+    """
+    factor = torch.randn(_WIDTH, _WIDTH, dtype=torch.float16, device=device)
+    product = torch.empty_like(factor)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.mm(factor, factor, out=product)
+    first.record()
+    torch.mm(factor, factor, out=product)
+    last.record()
+    last.synchronize()
+    for _ in range(math.ceil(1e3 * seconds / max(1e-2, first.elapsed_time(last)))):
+        torch.mm(factor, factor, out=product)
 
 
 class FlopMeter:
