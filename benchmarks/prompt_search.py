@@ -2,12 +2,13 @@
 """Prompt search: how much better are the prompts, at one budget of (prompt, example) scorings, than the manual ones?
 
 Our genetic search, random search over its operators, GPS's procedure and, with ``--peers gepa``, a library, all driven
-by one model (``prompt_search_peers.py`` says how). A task has 64 labelled rows, 32 to search on and 32 to confirm on,
-and a test part that decides nothing. Gains are in points of test accuracy (free answers: exact match or ROUGE-L, whose
-generated texts no budget counts) over the manual prompt that is best on the search part by outcome, then fitness; by
-two rules: ``top``, the first prompt of the method's ranking, as GPS and GEPA choose; ``confirmed``, the exact test of
-:mod:`lightning_zeroprompt.prompts.confirm` among the first three of it, else the manual
-prompt. Intervals are bootstrapped over tasks.
+by one model (``prompt_search_peers.py`` says how). A task has 64 labelled rows, and a test part that decides nothing.
+Gains are in points of test accuracy (free answers: exact match or ROUGE-L, whose generated texts no budget counts) over
+the manual prompt that is best on all 64 by outcome, then fitness; by two rules: ``top``, the first prompt of the
+method's ranking, as GPS and GEPA choose; ``confirmed``, the exact test of :mod:`lightning_zeroprompt.prompts.confirm`
+among the first three of it, else the manual prompt that is best on the search part. A method whose own rule is the
+first searches on 32 rows, as in GPS, and leaves 32 that only say what its prompt is worth; the others search on as many
+as the package does. Intervals are bootstrapped over tasks.
 
 ``--setting builtin``: held-out built-in tasks in wordings that no training draws. ``t0``: T0's evaluation sets with
 promptsource templates; ``heldout``: other held-out tasks (both with ``--data``, a folder of ``heldout.parquet``,
@@ -49,6 +50,7 @@ from lightning_zeroprompt.prompts.fitness import PromptScorer
 from lightning_zeroprompt.prompts.forward import T5Forward
 from lightning_zeroprompt.prompts.generators import SpanInfiller
 from lightning_zeroprompt.prompts.genome import PromptGenome
+from lightning_zeroprompt.prompts.parts import CONFIRM_SHARE
 from lightning_zeroprompt.prompts.problem import build_problem, corpus_donors
 from lightning_zeroprompt.prompts.rounds import build_operators
 from lightning_zeroprompt.prompts.search import PromptSearch
@@ -65,26 +67,29 @@ OWN_RULE = {
 }
 """How each method chooses by itself."""
 CONFIRMATIONS: dict[str, tuple[int, Literal["fitness", "outcome"]]] = {
-    "confirmed": (3, "fitness"),
-    "confirmed_alone": (1, "fitness"),
-    "confirmed_by_outcome": (3, "outcome"),
-    "confirmed_alone_by_outcome": (1, "outcome"),
+    "confirmed": (3, "outcome"),
+    "confirmed_alone": (1, "outcome"),
+    "confirmed_by_fitness": (3, "fitness"),
+    "confirmed_alone_by_fitness": (1, "fitness"),
 }
 """Finalists, and what the test compares. The first is the search's own; the others say what it costs and saves."""
 RULES = ("top", *CONFIRMATIONS)
 LIBRARIES = ("gepa",)
+SHARES = {"confirmed": CONFIRM_SHARE, "top": 0.5}
+"""Of the labelled rows, by a method's own rule: what is kept to confirm."""
 FEWEST = 8
 """Tasks with a manual prompt above chance that a conclusion needs."""
 
 
 class Judge:
-    """The manual prompt of a task, and what other prompts are worth beside it.
+    """What prompts of a task are worth beside manual ones.
 
     Args:
-        arena: The task.
+        arena: The task, with the parts that a rule has.
+        best: The manual prompt that gains are over.
     """
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, best: PromptGenome) -> None:
         problem = arena.problem
         self._own = {genome.fingerprint for genome in arena.manual}
         self._confirm, self._test = (
@@ -97,7 +102,7 @@ class Judge:
         if pool.kind == "choice":
             right = np.add.reduceat(pool.right.astype(np.float64), pool.option_offsets[:-1])
             self.chance = float((right / pool.num_options).mean())
-        outcome = self._test.score([self.manual], outcomes=True).outcome[0]
+        outcome = self._test.score([best], outcomes=True).outcome[0]
         self.manual_test, self.manual_confirm = float(outcome.mean()), self._outcome(self._confirm, self.manual)
         self.beats_chance = beats_chance(int(outcome.sum()), len(outcome), self.chance)
 
@@ -129,6 +134,21 @@ class Judge:
         return record
 
 
+def best_manual(arena: Arena) -> PromptGenome:
+    """The manual prompt that is best on all labelled rows."""
+    scores = [
+        PromptScorer(pool, arena.forward, arena.encoding, max_tokens=arena.max_tokens).score(
+            arena.manual, outcomes=True
+        )
+        for pool in (arena.problem.search, arena.problem.confirm)
+    ]
+    outcome, fitness = (
+        np.concatenate([getattr(score, name) for score in scores], axis=1).mean(1, dtype=np.float64)
+        for name in ("outcome", "fitness")
+    )
+    return arena.manual[max(range(len(outcome)), key=lambda at: (outcome[at], fitness[at], -at))]
+
+
 def pools(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> Iterator[tuple[str, Found]]:
     """Groups and tasks of a setting."""
     tokenizer = loaded.corpus.tokenizer
@@ -146,32 +166,37 @@ def pools(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> Iter
             yield "held-out", found
 
 
-def arenas(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> Iterator[tuple[str, int, Arena]]:
-    """Every task that can be searched under every seed."""
+def arenas(
+    args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut
+) -> Iterator[tuple[str, int, dict[str, Arena]]]:
+    """Every task that can be searched under every seed, by rule."""
     model, tokenizer = loaded.module.model, loaded.corpus.tokenizer
     operators = build_operators(None, lambda: model, tokenizer, denoises=loaded.run.mixture.denoising > 0)
     donors = corpus_donors(loaded.data.corpus, loaded.data.task_indices)
     found = list(pools(args, loaded, leave_out))
     for (group, (pool, test_rows)), seed in itertools.product(found, range(args.seeds)):
+        made: dict[str, Arena] = {}
         try:
-            problem = build_problem(pool, donors, population=args.population, k=64, seed=seed, test_rows=test_rows)
-            arena = Arena(
-                problem=problem,
-                forward=T5Forward(model),
-                encoding=loaded.encoding(),
-                operators=operators,
-                infiller=SpanInfiller(model, tokenizer),
-                population=args.population,
-                budget=args.budget,
-                seed=seed,
-                max_tokens=args.max_tokens,
-            )
-            # It refuses a task whose manual prompts cannot be used, or are too many for the budget.
-            PromptSearch(problem, arena.forward, operators, SearchSettings(budget=args.budget), arena.encoding)
+            for rule, share in SHARES.items():
+                cut: dict[str, Any] = {"k": 64, "seed": seed, "test_rows": test_rows, "confirm_share": share}
+                arena = made[rule] = Arena(
+                    problem=build_problem(pool, donors, population=args.population, **cut),
+                    forward=T5Forward(model),
+                    encoding=loaded.encoding(),
+                    operators=operators,
+                    infiller=SpanInfiller(model, tokenizer),
+                    population=args.population,
+                    budget=args.budget,
+                    seed=seed,
+                    max_tokens=args.max_tokens,
+                )
+                # It refuses a task whose manual prompts cannot be used, or are too many for the budget.
+                settings = SearchSettings(budget=args.budget)
+                PromptSearch(arena.problem, arena.forward, operators, settings, arena.encoding)
         except ValueError as error:
             leave_out(pool.name, f"seed {seed}: {error}")
             continue
-        yield group, seed, arena
+        yield group, seed, made
 
 
 def compare(
@@ -180,11 +205,14 @@ def compare(
     """One row a task and seed."""
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for group, seed, arena in arenas(args, loaded, leave_out):
+    for group, seed, found in arenas(args, loaded, leave_out):
+        problem = found["confirmed"].problem
         if rows and args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
-            print(f"{args.minutes} minutes are over; {arena.problem.name} and those behind it are left out", flush=True)
+            print(f"{args.minutes} minutes are over; {problem.name} and those behind it are left out", flush=True)
             break
-        judge, problem = Judge(arena), arena.problem
+        best = best_manual(found["top"])
+        judges = {rule: Judge(arena, best) for rule, arena in found.items()}
+        judge = judges["confirmed"]
         row: dict[str, Any] = {
             "group": group,
             "task": problem.name,
@@ -198,11 +226,11 @@ def compare(
         }
         for name in methods:
             since = time.perf_counter()
-            ranking = METHODS[name](arena)
+            ranking = METHODS[name](found[OWN_RULE[name]])
             seconds = time.perf_counter() - since
             if ranking.spent > args.budget:
                 raise RuntimeError(f"{name} has spent {ranking.spent} scorings of {args.budget}")
-            row[name] = judge.judge(ranking) | {"seconds": seconds}
+            row[name] = judges[OWN_RULE[name]].judge(ranking) | {"seconds": seconds}
         rows.append(row)
         gains = "  ".join(
             f"{name} {row[name]['top']['gain']:+.1f}/{row[name]['confirmed']['gain']:+.1f}" for name in methods
@@ -276,7 +304,8 @@ def overhead(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> d
     settings = SearchSettings(population=64, generations=6)
     args.population = 64
     with clocked(PromptScorer, "score", spent), clocked(SpanInfiller, "__call__", spent):
-        for _, _, arena in itertools.islice(arenas(args, loaded, leave_out), args.tasks):
+        for _, _, found in itertools.islice(arenas(args, loaded, leave_out), args.tasks):
+            arena = found["confirmed"]
             search = PromptSearch(
                 arena.problem, arena.forward, arena.operators, settings, arena.encoding, max_tokens=args.max_tokens
             )

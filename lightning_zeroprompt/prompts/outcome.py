@@ -155,11 +155,11 @@ def _comparison(comparison: Any) -> dict[str, Any]:
     return {
         "fitness": comparison.fitness,
         "outcome": comparison.outcome,
-        "wins": comparison.fitness_test.wins,
-        "losses": comparison.fitness_test.losses,
-        "p": comparison.fitness_test.p_value,
+        "wins": comparison.outcome_test.wins,
+        "losses": comparison.outcome_test.losses,
+        "p": comparison.outcome_test.p_value,
         "p_adjusted": comparison.adjusted_p,
-        "p_outcome": comparison.outcome_test.p_value,
+        "p_fitness": comparison.fitness_test.p_value,
         "passed": comparison.passed,
     }
 

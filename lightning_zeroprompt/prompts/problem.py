@@ -28,7 +28,7 @@ from lightning_zeroprompt.prompts.neighbours import (
     profile_examples,
 )
 from lightning_zeroprompt.prompts.operators import Candidate, Material
-from lightning_zeroprompt.prompts.parts import Mode, Parts, choose_parts
+from lightning_zeroprompt.prompts.parts import CONFIRM_SHARE, Mode, Parts, choose_parts
 from lightning_zeroprompt.prompts.pool import UNLABELLED, ExamplePool
 from lightning_zeroprompt.prompts.population import gather_donors, gather_material, start_population
 
@@ -197,6 +197,7 @@ def build_problem(
     test_rows: Sequence[int] | npt.NDArray[np.int64] | None = None,
     soft_prompts: Sequence[str] = (),
     lend_soft_prompts: bool = False,
+    confirm_share: float = CONFIRM_SHARE,
 ) -> SearchProblem:
     """Cut a task into parts and gather its first prompts.
 
@@ -211,6 +212,7 @@ def build_problem(
         test_rows: The test part, where it comes from another source.
         soft_prompts: Sources of soft prompts to choose from, beside the run's default.
         lend_soft_prompts: Whether the nearest tasks, by their ids, are such sources too.
+        confirm_share: Share of k that is kept for the confirmation.
 
     Raises:
         PoolError: The pool cannot be cut so.
@@ -219,7 +221,7 @@ def build_problem(
     """
     if population < 2 or neighbours < 0:
         raise ValueError(f"population={population} has to be at least 2 and neighbours={neighbours} at least 0")
-    parts = choose_parts(pool, mode=mode, k=k, seed=seed, test_rows=test_rows)
+    parts = choose_parts(pool, mode=mode, k=k, seed=seed, confirm_share=confirm_share, test_rows=test_rows)
     hidden = pool if mode != "zero_label" else pool.with_labels(np.full(len(pool), UNLABELLED))
     ordered = parts.search[_balanced(hidden.label[parts.search], seed)]
     search = hidden.select(ordered)

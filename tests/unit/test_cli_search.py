@@ -100,7 +100,7 @@ def test_a_table_of_ones_own(trained, run_search, tmp_path):
     (tmp_path / "test.csv").write_text(TABLE.replace("row ", "other "))
     files = (f"examples.path={path}", f"examples.test_path={tmp_path / 'test.csv'}")
     (record,) = run_search(*OWN, *files)["tasks"]
-    assert record["rows"] == {"search": 6, "confirm": 6, "test": 60}
+    assert record["rows"] == {"search": 5, "confirm": 7, "test": 60}
     given = (f"prompts={tmp_path / 'out' / 'prompts.json'}", *OWN[1:], files[0])
     (entry,) = scored(trained, tmp_path / "eval", *given, files[1])
     assert entry["prompt"] == pytest.approx(record["scores"]["test"]["prompt"]["outcome"], abs=1e-6)

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_zeroprompt.data.task import Example, PromptTemplate
 from lightning_zeroprompt.data.tokenizer import ByteTokenizer
-from lightning_zeroprompt.prompts.parts import choose_parts, pseudo_labels
+from lightning_zeroprompt.prompts.parts import CONFIRM_SHARE, choose_parts, pseudo_labels
 from lightning_zeroprompt.prompts.pool import ExamplePool, PoolError
 
 LABELS = ("yes", "no", "perhaps")
@@ -32,11 +32,15 @@ def assert_disjoint(pool, parts):
 @pytest.mark.parametrize("mode", ["few_label", "zero_label", "many_label"])
 def test_parts_are_disjoint_seeded_and_of_the_asked_size(mode):
     pool = make_pool()
-    parts = choose_parts(pool, mode=mode, k=60, seed=3)
+    parts = choose_parts(pool, mode=mode, k=64, seed=3)
     assert_disjoint(pool, parts)
-    assert (len(parts.search), len(parts.confirm), len(parts.test)) == (30, 30, 100)
-    assert (parts.mode, parts.k, parts.seed, parts.num_duplicates, parts.counted) == (mode, 60, 3, 0, True)
-    again, other = choose_parts(pool, mode=mode, k=60, seed=3), choose_parts(pool, mode=mode, k=60, seed=4)
+    # Five in eight, of each label where labels are read.
+    assert (len(parts.search) + len(parts.confirm), len(parts.test)) == (64, 100)
+    assert abs(len(parts.confirm) - 40) <= 1
+    even = choose_parts(pool, mode=mode, k=64, seed=3, confirm_share=0.5)
+    assert (len(even.search), len(even.confirm), set(even.test)) == (32, 32, set(parts.test))
+    assert (parts.mode, parts.k, parts.seed, parts.num_duplicates, parts.counted) == (mode, 64, 3, 0, True)
+    again, other = choose_parts(pool, mode=mode, k=64, seed=3), choose_parts(pool, mode=mode, k=64, seed=4)
     for name in ("search", "confirm", "test"):
         np.testing.assert_array_equal(getattr(parts, name), getattr(again, name))
         assert set(getattr(parts, name)) != set(getattr(other, name))
@@ -53,8 +57,8 @@ def test_few_labels_are_even_over_the_classes():
         assert counts[2] == rare
         assert abs(counts[0] - counts[1]) <= 1
         assert counts.sum() == 40
-        for part in (parts.search, parts.confirm):
-            assert np.abs(np.bincount(pool.label[part], minlength=3) - counts / 2).max() <= 0.5
+        for part, share in ((parts.search, 1 - CONFIRM_SHARE), (parts.confirm, CONFIRM_SHARE)):
+            assert np.abs(np.bincount(pool.label[part], minlength=3) - counts * share).max() < 1
 
 
 def test_a_larger_k_contains_a_smaller_one_and_leaves_the_test_part():
@@ -68,7 +72,7 @@ def test_a_larger_k_contains_a_smaller_one_and_leaves_the_test_part():
 def test_many_labels_of_one_row_each_reach_both_parts():
     labels = tuple(f"label {i}" for i in range(40))
     parts = choose_parts(make_pool(80, labels=labels), k=20)
-    assert (len(parts.search), len(parts.confirm)) == (10, 10)
+    assert (len(parts.search), len(parts.confirm)) == (8, 12)
 
 
 def test_zero_label_reads_no_label():
@@ -111,7 +115,7 @@ def test_equal_inputs_stand_in_one_part():
 def test_free_answers_have_no_classes():
     pool = make_pool(answers=["a"] * 200, free=True)
     parts = choose_parts(pool, k=10)
-    assert (len(parts.search), len(parts.confirm)) == (5, 5)
+    assert (len(parts.search), len(parts.confirm)) == (4, 6)
 
 
 def test_small_tasks_are_not_counted():

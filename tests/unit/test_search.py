@@ -42,7 +42,7 @@ def equal(one, other):
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_search_finds_what_the_model_likes_and_never_loses_its_best(selection):
     model = LetterModel()
-    search = run_round(make_search(model, selection=selection, generations=8))
+    search = run_round(make_search(model, selection=selection, generations=16, pool=make_pool(200), k=96))
     best = [entry["best"] for entry in search.history]
     assert best == sorted(best)
     assert best[-1] > 2 * search.history[0]["manual"]
@@ -158,12 +158,12 @@ def test_a_budget_is_kept_and_counted_in_scorings():
         model = LetterModel()
         search = run_round(make_search(model, generations=50, budget=budget))
         assert model.pairs == search.scorers["search"].counts.scored <= budget
-        assert model.pairs > budget - 8 * 16
+        assert model.pairs > budget - 8 * 12
         # Another round has the budget anew.
         run_round(search, step=2)
         assert model.pairs <= 2 * budget
-    with pytest.raises(ValueError, match="the manual prompts alone take 2 x 16 = 32; give more"):
-        make_search(LetterModel(), budget=31)
+    with pytest.raises(ValueError, match="the manual prompts alone take 2 x 12 = 24; give more"):
+        make_search(LetterModel(), budget=23)
 
 
 class Clock:
@@ -275,8 +275,8 @@ def test_parts_of_a_problem_are_disjoint_and_blocks_balanced():
     pool = make_pool()
     problem = build_problem(pool, population=4, k=32)
     keys = [set(part.input_keys()) for part in (problem.search, problem.confirm, problem.test)]
-    assert sum(map(len, keys)) == len(set.union(*keys)) == 16 + 16 + 40
-    for end in (2, 4, 8, 16):
+    assert sum(map(len, keys)) == len(set.union(*keys)) == 12 + 20 + 40
+    for end in (2, 4, 8, 12):
         assert problem.search.label[:end].sum() == end // 2
     hidden = build_problem(pool, population=4, k=32, mode="zero_label")
     assert (hidden.search.label < 0).all()
@@ -345,4 +345,4 @@ def test_race_settings_reach_the_race():
     settings = SearchSettings(population=4, generations=1, race=RaceSettings(first_block=2, keep=1.0, drop_p=0.0))
     search = PromptSearch(build_problem(make_pool(), population=4, k=16), LetterModel(), OperatorSet(WEIGHTS), settings)
     run_round(search)
-    assert {one.seen for one in search.population} == {8}
+    assert {one.seen for one in search.population} == {6}

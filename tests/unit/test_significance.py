@@ -117,7 +117,7 @@ def test_a_better_prompt_is_kept_and_of_several_the_best():
     manual = evidence(np.zeros(n), [0] * 16 + [1] * 16)
     slight = evidence(np.ones(n), [0] * 15 + [1] * 17)
     good = evidence(np.full(n, 0.5), [0] * 8 + [1] * 24)
-    result = confirm(manual, [slight, good])
+    result = confirm(manual, [slight, good], decided_by="fitness")
     assert result.chosen == 1
     assert [c.passed for c in result.comparisons] == [True, True]
     assert result.comparisons[1].outcome_gain == pytest.approx(0.25)
@@ -125,7 +125,10 @@ def test_a_better_prompt_is_kept_and_of_several_the_best():
     assert result.comparisons[0].adjusted_p == pytest.approx(2 * 2**-32)
     assert (result.manual_outcome, result.num_examples) == (0.5, n)
     # One more right answer in 32 is nothing that outcomes can show.
-    assert confirm(manual, [slight], decided_by="outcome").chosen is None
+    by_outcome = confirm(manual, [slight, good])
+    assert (by_outcome.chosen, by_outcome.decided_by) == (1, "outcome")
+    assert [c.adjusted_p for c in by_outcome.comparisons] == [pytest.approx(0.5), pytest.approx(2 * 2**-8)]
+    assert confirm(manual, [slight]).chosen is None
 
 
 def test_the_manual_prompt_stays_without_evidence_or_with_fewer_right_answers():
@@ -133,7 +136,8 @@ def test_the_manual_prompt_stays_without_evidence_or_with_fewer_right_answers():
     manual = evidence(np.zeros(32), np.ones(32))
     noise = evidence(rng.normal(size=32), np.ones(32))
     worse = evidence(np.ones(32), [0] + [1] * 31)
-    result = confirm(manual, [noise, worse])
+    assert confirm(manual, [noise, worse]).chosen is None
+    result = confirm(manual, [noise, worse], decided_by="fitness")
     assert result.chosen is None
     assert result.comparisons[1].adjusted_p < 0.05
     assert not result.comparisons[1].passed
@@ -143,8 +147,9 @@ def test_the_manual_prompt_stays_without_evidence_or_with_fewer_right_answers():
 def test_many_finalists_pass_only_by_the_adjusted_p_value():
     wins = evidence([1] * 12 + [-1] * 4, np.ones(16))
     manual = evidence(np.zeros(16), np.ones(16))
-    assert confirm(manual, [wins]).chosen == 0
-    assert confirm(manual, [wins, *[evidence(np.zeros(16), np.ones(16))] * 3]).chosen is None
+    assert confirm(manual, [wins], decided_by="fitness").chosen == 0
+    others = [evidence(np.zeros(16), np.ones(16))] * 3
+    assert confirm(manual, [wins, *others], decided_by="fitness").chosen is None
 
 
 def test_luck_passes_no_more_often_than_alpha():
