@@ -28,8 +28,8 @@ __all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase", "keep_working"]
 
 _LONGEST_BUSY = 0.1
 """Seconds that a GPU is kept waiting for its host's launches at most."""
-_LEAD, _MEASURED, _WAITING = 0.03, 0.15, 1.3
-"""Under load: seconds of the host's lead and of what is measured, and how many times the device's time all may take."""
+_ROUNDS = 6
+"""That are measured under load; the median counts."""
 _WIDTH = 4096
 """Of the matrices that keep a GPU at work."""
 
@@ -42,9 +42,15 @@ class Phase:
     host: float
     workspace: int = 0
 
-    def shared(self, times: int, workspace: int) -> Phase:
-        """Of one of so many blocks in a row."""
-        return Phase(self.seconds / times, self.host / times, workspace)
+    def shared(self, times: int, alone: Phase) -> Phase:
+        """Of one of so many blocks in a row.
+
+        Args:
+            times: Blocks that this was measured with.
+            alone: Of one block by itself. What a call costs the host however many blocks it runs is no block's part:
+                ``Costs.host_action`` has it.
+        """
+        return Phase(self.seconds / times, max(0.0, self.host - alone.host) / (times - 1), alone.workspace)
 
 
 class Meter(Protocol):
@@ -84,7 +90,7 @@ class DeviceMeter:
         repeats: How often; the median counts.
         warmup: Runs before that.
         row: How often a block is run in a row where it takes what it returns: what a call of autograd, or of a stage,
-            costs the host is then shared by blocks, as it is in a step.
+            costs the host is told from what a block does.
         load: Seconds for which a GPU is kept at work to see how fast it is then: its clocks fall as it reaches the
             power it may draw.
     """
@@ -117,7 +123,7 @@ class DeviceMeter:
         """See :class:`Meter`."""
         if not self._cuda or self._load <= 0:
             return None
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * _ROUNDS)]  # type: ignore[no-untyped-call]
         begin, rounds = time.perf_counter(), 0
         while time.perf_counter() - begin < self._load:
             for phase in phases:
@@ -129,18 +135,15 @@ class DeviceMeter:
                 marks[rounds // 8 % 2].record()
         torch.cuda.synchronize(self.device)
         wall = (time.perf_counter() - begin) / rounds
-        measured = max(4, math.ceil(_MEASURED / wall))
-        # The host's lead, or the device would wait for a host that is no faster, and be measured with its gaps.
-        keep_working(self.device, _LEAD)
-        marks[0].record()
-        for _ in range(measured):
+        for first, last in zip(marks[::2], marks[1::2], strict=True):
+            # Other work while the host launches a round: a device that waited for its host would be measured with that.
+            keep_working(self.device, 1.2 * wall)
+            first.record()
             for phase in phases:
                 phase()
-        marks[1].record()
+            last.record()
         torch.cuda.synchronize(self.device)
-        seconds = float(marks[0].elapsed_time(marks[1])) / 1e3 / measured
-        # A device that waits for its host for long is under no load, in training neither.
-        return seconds if wall < _WAITING * seconds else None
+        return statistics.median(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True)) / 1e3
 
     def context(self) -> AbstractContextManager[Any]:
         """Nothing special."""

@@ -232,8 +232,8 @@ class _Profile:
         if times > 1:
             row = self._phases(index, inputs, calls, times)
             per_block = self._meter.measure([row.forward, row.backward, row.weight], times * moved)
-            split = [phase.shared(times, single.workspace) for phase, single in zip(per_block, split, strict=True)]
-            whole = self._meter.measure([row.plain_forward, row.backward], times * moved)[1].shared(times, 0)
+            split = [phase.shared(times, alone) for phase, alone in zip(per_block, split, strict=True)]
+            whole = self._meter.measure([row.plain_forward, row.backward], times * moved)[1].shared(times, whole)
         steps = self._meter.measure([optimizer.step], _bytes(parameters) * 4)[0] if optimizer else Phase(0.0, 0.0)
         del optimizer
         held = self._activations(one.forward)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_zeroprompt.models import Text2TextModule
 from lightning_zeroprompt.pipeline.costs import Link
 from lightning_zeroprompt.pipeline.find_chain import find_chain
-from lightning_zeroprompt.pipeline.meters import DeviceMeter, FlopMeter
+from lightning_zeroprompt.pipeline.meters import DeviceMeter, FlopMeter, Phase
 from lightning_zeroprompt.pipeline.profiler import profile_chain
 from lightning_zeroprompt.pipeline.weight_grad import DeferredLinear
 
@@ -108,6 +108,14 @@ def test_our_t5_with_its_tuples():
     assert len(set(costs.blocks)) < len(chain)
     # The decoder's stream carries the encoder's output too.
     assert costs.blocks[-2].output > costs.blocks[1].output
+
+
+def test_what_a_call_costs_the_host_is_no_part_of_a_block():
+    call, block = 0.4, 0.3
+    alone, row = (Phase(times * 1.5, call + times * block, times * 7) for times in (1, 4))
+    shared = row.shared(4, alone)
+    assert (shared.seconds, shared.host, shared.workspace) == (1.5, pytest.approx(block), 7)
+    assert Phase(1.0, 0.1).shared(4, Phase(1.0, 0.2)).host == 0
 
 
 def test_times_are_those_of_a_device_under_load():
