@@ -143,7 +143,8 @@ class DeviceMeter:
                 phase()
             last.record()
         torch.cuda.synchronize(self.device)
-        return statistics.median(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True)) / 1e3
+        rounds_ms = [float(a.elapsed_time(b)) for a, b in zip(marks[::2], marks[1::2], strict=True)]
+        return statistics.median(rounds_ms) / 1e3
 
     def context(self) -> AbstractContextManager[Any]:
         """Nothing special."""
