@@ -361,7 +361,7 @@ class Chain:
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
-    def run(self, first: int, last: int, stream: tuple[Any, ...], calls: Calls) -> Any:
+    def run(self, first: int, last: int, stream: tuple[Any, ...], calls: Calls, memo: StageMemo | None = None) -> Any:
         """Run blocks ``first`` to ``last``.
 
         Args:
@@ -369,12 +369,13 @@ class Chain:
             last: Index behind the last block.
             stream: What comes in: for block 0 the chain's arguments, else what block ``first - 1`` returned.
             calls: Of the micro-batch.
+            memo: What has been made for the micro-batch on this stage; None is nothing.
 
         Returns:
             What block ``last - 1`` returns.
         """
         output: Any = stream
-        memo = StageMemo()
+        memo = StageMemo() if memo is None else memo
         for index in range(first, last):
             args = output if isinstance(output, tuple) else (output,)
             kwargs: dict[str, Any] = {}

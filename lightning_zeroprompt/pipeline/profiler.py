@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_zeroprompt.pipeline.chain import Calls, Chain
+from lightning_zeroprompt.pipeline.chain import Calls, Chain, StageMemo
 from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
 from lightning_zeroprompt.pipeline.meters import DeviceMeter, Meter, Phase
 from lightning_zeroprompt.pipeline.torch_compat import storage_key
@@ -113,7 +113,7 @@ class _Phases:
 
     def __init__(
         self,
-        run: Callable[[tuple[Any, ...]], Any],
+        run: Callable[[tuple[Any, ...], StageMemo], Any],
         inputs: tuple[Any, ...],
         context: Callable[[], AbstractContextManager[Any]],
         times: int,
@@ -127,8 +127,9 @@ class _Phases:
         """F in front of an ordinary backward pass."""
         with self._context():
             stream: Any = self._inputs
+            memo = StageMemo()
             for _ in range(self._times):
-                stream = self._run(stream if isinstance(stream, tuple) else (stream,))
+                stream = self._run(stream if isinstance(stream, tuple) else (stream,), memo)
         self.outputs[:] = [stream]
 
     def forward(self) -> None:
@@ -259,7 +260,10 @@ class _Profile:
         return 1.0 if seconds is None else max(1.0, seconds / sum(expected for _, expected in self._rows))
 
     def _phases(self, index: int, inputs: tuple[Any, ...], calls: Calls, times: int) -> _Phases:
-        return _Phases(lambda stream: self._chain.run(index, index + 1, stream, calls), inputs, self._context, times)
+        def run(stream: tuple[Any, ...], memo: StageMemo) -> Any:
+            return self._chain.run(index, index + 1, stream, calls, memo)
+
+        return _Phases(run, inputs, self._context, times)
 
     def _activations(self, forward: Callable[[], None]) -> int:
         """Bytes of distinct storages that autograd keeps from F to B, weights left out."""

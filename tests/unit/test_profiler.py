@@ -110,6 +110,26 @@ def test_our_t5_with_its_tuples():
     assert costs.blocks[-2].output > costs.blocks[1].output
 
 
+def test_a_row_of_blocks_makes_once_what_a_stage_makes_once():
+    module = Text2TextModule(vocab_size=50, size="nano", optimizer={"warmup_steps": 0})
+    module.configure_model()
+    made = []
+    own = module.model.encoder_scores
+    module.model.encoder_scores = lambda *given: made.append(1) or own(*given)
+    batch = {"input_ids": torch.randint(2, 50, (2, 12)), "input_segments": torch.ones(2, 12, dtype=torch.int32)}
+    batch |= {
+        "decoder_input_ids": torch.randint(2, 50, (2, 5)),
+        "decoder_segments": torch.ones(2, 5, dtype=torch.int32),
+    }
+    chain, meter = find_chain(module), DeviceMeter(torch.device("cpu"), repeats=1, warmup=0)
+    runs = []
+    layers = [block for block in chain.blocks if any(part is module.model.encoder[0] for part in block.modules())]
+    layers[0].register_forward_pre_hook(lambda *given: runs.append(1))
+    profile_chain(chain, lambda: module(batch).square().mean(), meter, message=LINK)
+    # Two rows of four, for F with and without W: three of each four found the scores there.
+    assert len(runs) - len(made) == 2 * 3
+
+
 def test_what_a_call_costs_the_host_is_no_part_of_a_block():
     call, block = 0.4, 0.3
     alone, row = (Phase(times * 1.5, call + times * block, times * 7) for times in (1, 4))
