@@ -25,8 +25,8 @@ batched call for a block of the race.
 The state is plain data and tensors (:meth:`PromptSearch.state_dict`) at the end of each generation: a search that is
 killed and goes on from it finds the same prompts bit for bit, unless a time budget cut it.
 
-Cost besides scoring and text models, population 64 and as many children: some 25 ms a generation (one busy core),
-2.4 % of a round with a model of 2M parameters, 0.4 % with one of 10M (docs/results/prompt_search.md).
+Cost besides scoring and text models, population 64 and as many children: some 11 ms a generation (one core), 1.6 % of a
+round with a model of 1.6M parameters, 0.4 % with one of 10M (docs/results/prompt_search.md).
 """
 
 import collections
