@@ -3,9 +3,11 @@
 
 Before training the model is cut, and its stages placed, for given costs (``costs=``, from ``zeroprompt-plan`` or
 ``profile_chain``) or for estimates from parameters. The third batch is recorded: every rank's times of F, B and W go to
-all ranks, and take the place of those that the order was planned for. If another order is then faster by more than the
-noise of one recording, it is taken. Cut and placement stay as they are, since weights do not move; sizes are those that
-were known before. All ranks compute the same plan from the same numbers, and each plan keeps the memory limit.
+all ranks. Costs that were given and stand in the proportions of what was recorded are kept: they were measured oftener,
+and tell a slow host from a slow device (orders for one recording took up to 8 % longer on GPUs than those for such
+costs). Otherwise the recorded times take their place, and if another order is then faster by more than the noise of one
+recording, it is taken. Cut and placement stay as they are, since weights do not move; sizes are those that were known
+before. All ranks compute the same plan from the same numbers, and each plan keeps the memory limit.
 
 Alternatives: measuring before the cut needs the whole model on one device; planning anew all the time would follow
 noise. Cost: one recorded step, which waits for the device, and seconds of planning at most.
@@ -248,14 +250,32 @@ class AutoSchedule:
         """Plan for measured times from now on; see :func:`measured_costs`."""
         if self._stages is None:
             raise RuntimeError("nothing has been cut yet")
-        stages = self._stages if self._given is not None else _with_links(self._stages, _LINK)
-        self._stages, self.measured = measured_costs(lanes, stages), True
+        self.measured = True
+        if self._given is None:
+            self._stages = measured_costs(lanes, _with_links(self._stages, _LINK))
+            return
+        found = measured_costs(lanes, self._stages)
+        if not _in_proportion(found, self._stages):
+            self._stages = found
 
 
 _EQUAL = 1.005
 """What the planner chose among equals bears jitter better, or holds less."""
-_NOISE = 1.01
+_NOISE = 1.02
 """Times of one recorded step in which an order is as good as a better one."""
+_PROPORTION = 1.2
+"""How far the factors may lie apart by which recorded times differ from costs that are kept."""
+
+
+def _in_proportion(found: Costs, known: Costs) -> bool:
+    """Whether two costs are the same but for one factor: each stage's, and F, B and W of all stages."""
+
+    def table(costs: Costs) -> list[float]:
+        rows = [(block.forward, block.backward, block.weight) for block in costs.blocks]
+        return [*map(sum, rows), *map(sum, zip(*rows, strict=True))]
+
+    factors = [one / other for one, other in zip(table(found), table(known), strict=True) if other > 0]
+    return max(factors) <= _PROPORTION * min(factors)
 
 
 def _with_links(costs: Costs, link: Link) -> Costs:

@@ -114,6 +114,26 @@ def test_plans_keep_the_placement_and_follow_what_was_measured():
     assert behind.tasks == again.tasks
 
 
+@pytest.mark.parametrize(("slower", "kept"), [({}, True), ({Kind.FORWARD: 1.15}, True), ({Kind.WEIGHT: 3.0}, False)])
+def test_given_costs_are_kept_while_recorded_times_are_in_their_proportion(slower, kept):
+    auto = AutoSchedule(sized(), 2)
+    placement, _ = auto.cut(chain(), ranks=2, data=1, micro_batches=4)
+    before = auto._stages
+    assert before is not None
+    field = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "weight"}
+
+    def seconds(task):
+        # A machine of half the speed.
+        return 2 * slower.get(task.kind, 1.0) * getattr(before.blocks[task.stage], field[task.kind])
+
+    auto.learn(recorded(seconds))
+    assert auto.measured
+    assert (auto._stages is before) == kept
+    if not kept:
+        assert auto._stages.blocks[0].weight == pytest.approx(6 * before.blocks[0].weight)
+        assert auto.build(placement, 1, 4)[0].placement == placement
+
+
 def test_given_costs_make_the_cut(tmp_path):
     link = Link(0.0, 1e15)
     slow_start = (BlockCosts(forward=3.0, backward=3.0, weight=3.0, output=1),) * 2
