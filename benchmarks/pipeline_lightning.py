@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_zeroprompt.callbacks import PipelineMonitor
 from lightning_zeroprompt.pipeline.render import write_timeline
+from lightning_zeroprompt.pipeline.simulator import Simulator
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 from lightning_zeroprompt.strategies.auto import RECORDED_BATCH
 
@@ -88,7 +89,7 @@ def fit(
         warmup: Batches that are not timed.
         record: Write the timeline of one more step under this name.
     """
-    timer = TimeBatches(bench, warmup)
+    held, timer = bench.memory()[0], TimeBatches(bench, warmup)
     # One batch more: a step ends where the next one starts.
     steps = warmup + bench.args.steps + 1
     callbacks: list[pl.Callback] = [timer]
@@ -110,10 +111,18 @@ def fit(
         enable_model_summary=False,
     )
     trainer.fit(module, batches)
+    measured = timer.clock.measured(None if timer.loss is None else float(timer.loss))
+    expected = None
+    if bench.costs is not None:
+        (schedule,), pipeline = strategy.schedules.values(), strategy.pipeline
+        data = bench.world // schedule.ranks
+        expected = Simulator(schedule, bench.costs, pipeline.cuts, data_parallel=data).run()
+        measured.predicted = expected.seconds, held + max(expected.peak_bytes)
     if monitor.recorded is not None and record is not None:
         write_timeline(monitor.recorded, bench.args.timeline, record, title=record)
-        print("\n".join(spent(monitor.recorded)), flush=True)
-    return timer.clock.measured(None if timer.loss is None else float(timer.loss))
+        lines = spent(monitor.recorded, None if expected is None else expected.timeline)
+        print("\n".join(lines), flush=True)
+    return measured
 
 
 def run_lightning(bench: Bench, micro_batches: int, *, name: str) -> Measured:

@@ -182,6 +182,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if bench.cuda:
                     result["peak_gib"] = round(max(each.peaks[1] for each in everyone if each.peaks) / 2**30, 2)
                     text += f"  peak {result['peak_gib']:.2f} GiB"
+                if measured.predicted is not None:
+                    # Of passes alone: fetching a batch, and what the Trainer does, come on top.
+                    predicted, held = 1e3 * measured.predicted[0], measured.predicted[1] / 2**30
+                    result |= {"predicted_ms": round(predicted, 2), "predicted_gib": round(held, 2)}
+                    text += f"  predicted {predicted:.1f} ms, {held:.2f} GiB"
                 bench.say(text)
                 results.append(result)
                 gc.collect()

@@ -174,6 +174,11 @@ class ZeroPPStrategy(RankedStrategy):
         return self._pipeline
 
     @property
+    def schedules(self) -> dict[int, Schedule]:
+        """What training steps run, by their number of micro-batches; empty before the first one."""
+        return dict(self._schedules)
+
+    @property
     @override
     def _evaluates_whole(self) -> bool:
         if self._evaluation == "auto":
