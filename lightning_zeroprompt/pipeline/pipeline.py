@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, share_comm_ctx
 from torch.distributed.tensor import DTensor
 
 from lightning_zeroprompt.pipeline.chain import Calls, Chain
@@ -158,6 +158,8 @@ class Pipeline:
         before = {(module, name): p for module in root.modules() for name, p in module._parameters.items()}
         for module in self.stages.values():
             shard_stage(module, self.groups.data_mesh, precision, {named[name] for name in whole}, offload)
+        # Or every stage would keep the buffers of its last gather and reduction until its next one.
+        share_comm_ctx(list(self.stages.values()))  # type: ignore[arg-type]
         sharded = {
             id(before[part, name]): parameter
             for module in self.stages.values()
