@@ -355,9 +355,12 @@ def _propagate(heads: Sequence[Tensor], gradients: list[Tensor]) -> None:
 
 
 def _input(tensor: Tensor) -> Tensor:
-    """A leaf that a stage is given."""
+    """A leaf that a stage is given; a part of a larger tensor is copied, or it would count as all of that."""
     floating = tensor.is_floating_point() or tensor.is_complex()
-    return tensor.detach().requires_grad_() if floating else tensor.detach()
+    leaf = tensor.detach()
+    if not leaf.is_meta and leaf.untyped_storage().nbytes() > leaf.numel() * leaf.element_size():
+        leaf = leaf.clone()
+    return leaf.requires_grad_() if floating else leaf
 
 
 def _bytes(tree: Any) -> int:
