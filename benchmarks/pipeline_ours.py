@@ -210,10 +210,10 @@ def run_planned(bench: Bench, micro_batches: int, *, limited: bool) -> Measured:
 
 def _run(bench: Bench, schedule: Schedule, cuts: list[tuple[int, int]], name: str) -> Measured:
     held, data = bench.memory()[0], bench.world // schedule.ranks
-    predicted = None
+    predicted = expected = None
     if bench.costs is not None:
-        step_of = Simulator(schedule, bench.costs, cuts, data_parallel=data).run()
-        predicted = step_of.seconds, held + max(step_of.peak_bytes)
+        simulated = Simulator(schedule, bench.costs, cuts, data_parallel=data).run()
+        predicted, expected = (simulated.seconds, held + max(simulated.peak_bytes)), simulated.timeline
     model = bench.model()
     groups = bench.groups(schedule.ranks)
     pipeline = Pipeline(
@@ -240,9 +240,7 @@ def _run(bench: Bench, schedule: Schedule, cuts: list[tuple[int, int]], name: st
     measured = bench.time(step)
     if bench.args.timeline is not None:
         timeline = _record(bench, pipeline, step, name)
-        if bench.costs is not None:
-            expected = Simulator(schedule, bench.costs, cuts, data_parallel=data).run().timeline
-            bench.say("\n".join(spent(timeline, expected)))
+        bench.say("\n".join(spent(timeline, expected)))
     return replace(measured, predicted=predicted)
 
 

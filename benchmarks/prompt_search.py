@@ -177,7 +177,7 @@ def arenas(
     for (group, (pool, test_rows)), seed in itertools.product(found, range(args.seeds)):
         made: dict[str, Arena] = {}
         try:
-            for rule, share in SHARES.items():
+            for rule, share in zip(SHARES, args.shares, strict=True):
                 cut: dict[str, Any] = {"k": 64, "seed": seed, "test_rows": test_rows, "confirm_share": share}
                 arena = made[rule] = Arena(
                     problem=build_problem(pool, donors, population=args.population, **cut),
@@ -358,6 +358,14 @@ def main() -> None:
     parser.add_argument("--draw", type=int, default=0, help="another number draws other tasks; T0 has its own")
     parser.add_argument("--rows", type=int, default=600, help="most rows a task")
     parser.add_argument("--seeds", type=int, default=1, help="each with other parts and another search")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=2,
+        default=tuple(SHARES.values()),
+        metavar=("CONFIRMED", "TOP"),
+        help="of the labelled rows that are kept to confirm, by a method's own rule",
+    )
     parser.add_argument("--budget", type=int, default=1500, help="scorings a search")
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--methods", default="genetic,random,random+race,gps,gps+operators")
@@ -381,6 +389,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "setting": args.setting,
         "draw": args.draw,
+        "shares": dict(zip(SHARES, args.shares, strict=True)),
         "budget": args.budget,
         "population": args.population,
         "seeds": args.seeds,
