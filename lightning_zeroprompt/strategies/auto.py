@@ -4,9 +4,10 @@
 Before training the model is cut, and its stages placed, for given costs (``costs=``, from ``zeroprompt-plan`` or
 ``profile_chain``) or for estimates from parameters. The third batch is recorded: every rank's times of F, B and W go to
 all ranks. Costs that were given and stand in the proportions of what was recorded are kept: they were measured oftener,
-and tell a slow host from a slow device. Otherwise the recorded times take their place, and if another order is then faster by more than the noise of one
-recording, it is taken. Cut and placement stay as they are, since weights do not move; sizes are those that were known
-before. All ranks compute the same plan from the same numbers, and each plan keeps the memory limit.
+and tell a slow host from a slow device. Otherwise the recorded times take their place, and if another order is then
+faster by more than the noise of one recording, it is taken. Cut and placement stay as they are, since weights do not
+move; sizes are those that were known before. All ranks compute the same plan from the same numbers, and each plan keeps
+the memory limit.
 
 Alternatives: measuring before the cut needs the whole model on one device; planning anew all the time would follow
 noise. Cost: one recorded step, which waits for the device, and seconds of planning at most.
