@@ -143,8 +143,8 @@ def prompts_table(records: Sequence[Mapping[str, Any]]) -> "Table":
 
     table = Table(
         title="Prompt search on held-out tasks",
-        caption="on the confirm part: fitness (log-likelihood margin of the right option; of free answers, the\n"
-        "log-likelihood a token), outcome (accuracy, exact match or ROUGE-L), p (one-sided exact test on the outcome,\n"
+        caption="on the confirm part: fitness (log-likelihood margin of the right option; of free answers, the "
+        "log-likelihood a token), outcome (accuracy, exact match or ROUGE-L), p (one-sided exact test on the outcome, "
         "Holm over the finalists); test: outcome on the test part, of what is used and of the manual prompt",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
