@@ -9,9 +9,9 @@ one with the best outcome, then fitness. Otherwise the manual prompt stays.
 
 The alternative is the sign test on the fitness (log-likelihood margin), which has a win or a loss in every example and
 so finds something sooner; but a prompt that moves all margins a little and no answer passes it, and one that mends five
-of forty answers may not. It cost 0.2 points of the gain on seven draws of tasks with options, and with the labels
-halved between search and confirm another 1.0 (docs/results/prompt_search.md); its p-value is reported beside the other,
-and it can be asked for. The manual prompt has to be chosen on the search part: chosen here, it would be the lucky one.
+of forty answers may not. Which of the two gains more differed between models (docs/results/prompt_search.md); the other
+one's p-value is reported, and it can be asked for. The manual prompt has to be chosen on the search part: chosen here,
+it would be the lucky one.
 """
 
 import dataclasses

@@ -36,8 +36,7 @@ __all__ = ["CONFIRM_SHARE", "MIN_COUNTED_ROWS", "Mode", "Parts", "choose_parts",
 Mode = Literal["few_label", "zero_label", "many_label"]
 """What a search knows of the answers; recorded in every result."""
 CONFIRM_SHARE = 0.625
-"""Of 64 labels 40 confirm: that shows gains of ten points, and 24 find as good prompts as 32 (see
-docs/results/prompt_search.md)."""
+"""Of 64 labels 40 confirm. An even split gained as much (docs/results/prompt_search.md)."""
 MIN_COUNTED_ROWS = 128
 """Tasks with fewer distinct inputs are reported and not counted: one example would be most of a point."""
 
