@@ -25,10 +25,12 @@ The library is no dependency: ``pip install --no-deps --target FOLDER gepa`` and
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import itertools
 import json
+import multiprocessing
 import platform
 import statistics
 import tempfile
@@ -167,14 +169,17 @@ def pools(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> Iter
 
 
 def arenas(
-    args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut
-) -> Iterator[tuple[str, int, dict[str, Arena]]]:
-    """Every task that can be searched under every seed, by rule."""
+    args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut, process: int = 0
+) -> Iterator[tuple[int, str, int, dict[str, Arena]]]:
+    """Every task that can be searched under every seed, by rule: those whose number is this process's."""
     model, tokenizer = loaded.module.model, loaded.corpus.tokenizer
     operators = build_operators(None, lambda: model, tokenizer, denoises=loaded.run.mixture.denoising > 0)
     donors = corpus_donors(loaded.data.corpus, loaded.data.task_indices)
-    found = list(pools(args, loaded, leave_out))
-    for (group, (pool, test_rows)), seed in itertools.product(found, range(args.seeds)):
+    # Every process cuts all tasks' rows alike; one tells what is left out there.
+    found = list(pools(args, loaded, leave_out if process == 0 else lambda task, reason: None))
+    searches = list(itertools.product(found, range(args.seeds)))
+    for place in range(process, len(searches), args.processes):
+        (group, (pool, test_rows)), seed = searches[place]
         made: dict[str, Arena] = {}
         try:
             for rule, share in zip(SHARES, args.shares, strict=True):
@@ -196,16 +201,16 @@ def arenas(
         except ValueError as error:
             leave_out(pool.name, f"seed {seed}: {error}")
             continue
-        yield group, seed, made
+        yield place, group, seed, made
 
 
 def compare(
-    args: argparse.Namespace, loaded: Loaded, methods: Sequence[str], leave_out: LeaveOut
+    args: argparse.Namespace, loaded: Loaded, methods: Sequence[str], leave_out: LeaveOut, process: int
 ) -> list[dict[str, Any]]:
     """One row a task and seed."""
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for group, seed, found in arenas(args, loaded, leave_out):
+    for place, group, seed, found in arenas(args, loaded, leave_out, process):
         problem = found["confirmed"].problem
         if rows and args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
             print(f"{args.minutes} minutes are over; {problem.name} and those behind it are left out", flush=True)
@@ -214,6 +219,7 @@ def compare(
         judges = {rule: Judge(arena, best) for rule, arena in found.items()}
         judge = judges["confirmed"]
         row: dict[str, Any] = {
+            "place": place,
             "group": group,
             "task": problem.name,
             "seed": seed,
@@ -304,7 +310,7 @@ def overhead(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> d
     settings = SearchSettings(population=64, generations=6)
     args.population = 64
     with clocked(PromptScorer, "score", spent), clocked(SpanInfiller, "__call__", spent):
-        for _, _, found in itertools.islice(arenas(args, loaded, leave_out), args.tasks):
+        for *_, found in itertools.islice(arenas(args, loaded, leave_out), args.tasks):
             arena = found["confirmed"]
             search = PromptSearch(
                 arena.problem, arena.forward, arena.operators, settings, arena.encoding, max_tokens=args.max_tokens
@@ -323,6 +329,29 @@ def overhead(args: argparse.Namespace, loaded: Loaded, leave_out: LeaveOut) -> d
         "text_model_share": text / total,
         "operators_and_bookkeeping_share": (total - scoring - text) / total,
     }
+
+
+def work(args: argparse.Namespace, methods: Sequence[str], process: int) -> dict[str, Any]:
+    """What one process does: its tasks, on its GPU."""
+    torch.set_num_threads(args.threads)
+    if args.device == "cuda":
+        torch.cuda.set_device(process % torch.cuda.device_count())
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"checkpoint": args.checkpoint, "run": None, "corpus": None, "device": args.device}
+        loaded = Loaded(OmegaConf.create({**config, "paths": {"output_dir": folder}}))
+    result: dict[str, Any] = {
+        "model_parameters": sum(parameter.numel() for parameter in loaded.module.parameters()),
+        "model_steps": loaded.module.loaded_steps,
+        "left_out": [],
+    }
+
+    def leave_out(task: str, reason: str) -> None:
+        print(f"left out: {task}: {reason}", flush=True)
+        result["left_out"].append({"task": task, "reason": reason})
+
+    if args.overhead:
+        return result | {"overhead": overhead(args, loaded, leave_out)}
+    return result | {"rows": compare(args, loaded, methods, leave_out, process)}
 
 
 def markdown(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
@@ -374,7 +403,8 @@ def main() -> None:
     parser.add_argument("--overhead", action="store_true", help="time the search at population 64 instead")
     parser.add_argument("--minutes", type=float, help="begin no further task after so long")
     parser.add_argument("--table", type=Path, help="write the table of tasks, Markdown")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of a process")
+    parser.add_argument("--processes", type=int, default=1, help="that share the tasks, and the GPUs")
     args = parser.parse_args()
     if args.setting != "builtin" and args.data is None:
         parser.error(f"--setting {args.setting} reads --data FOLDER")
@@ -382,10 +412,14 @@ def main() -> None:
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         parser.error(f"unknown method {unknown[0]}; there are: {', '.join(METHODS)}")
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        config = {"checkpoint": args.checkpoint, "run": None, "corpus": None, "device": args.device}
-        loaded = Loaded(OmegaConf.create({**config, "paths": {"output_dir": folder}}))
+    if args.processes < 1 or (args.overhead and args.processes > 1):
+        parser.error(f"--processes {args.processes}: at least 1, and 1 with --overhead")
+    if args.processes == 1:
+        shares = [work(args, methods, 0)]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(args.processes, context) as pool:
+            shares = list(pool.map(functools.partial(work, args, methods), range(args.processes)))
     result: dict[str, Any] = {
         "setting": args.setting,
         "draw": args.draw,
@@ -393,23 +427,17 @@ def main() -> None:
         "budget": args.budget,
         "population": args.population,
         "seeds": args.seeds,
-        "model_parameters": sum(parameter.numel() for parameter in loaded.module.parameters()),
-        "model_steps": loaded.module.loaded_steps,
         "torch": torch.__version__,
         "machine": torch.cuda.get_device_name()
         if args.device == "cuda"
         else platform.processor() or platform.machine(),
-        "left_out": [],
+        **shares[0],
     }
-
-    def leave_out(task: str, reason: str) -> None:
-        print(f"left out: {task}: {reason}", flush=True)
-        result["left_out"].append({"task": task, "reason": reason})
-
     if args.overhead:
-        print(json.dumps(result | {"overhead": overhead(args, loaded, leave_out)}))
+        print(json.dumps(result))
         return
-    rows = compare(args, loaded, methods, leave_out)
+    rows = sorted(itertools.chain.from_iterable(share["rows"] for share in shares), key=lambda row: row["place"])
+    result["left_out"] = [one for share in shares for one in share["left_out"]]
     above = [row for row in rows if row["beats_chance"] and row["counted"]]
     result["all"] = summary(rows, methods)
     # A task counts as above chance if it is so in every seed's test part.
