@@ -238,6 +238,9 @@ def compare(
                 raise RuntimeError(f"{name} has spent {ranking.spent} scorings of {args.budget}")
             row[name] = judges[OWN_RULE[name]].judge(ranking) | {"seconds": seconds}
         rows.append(row)
+        if args.journal is not None:
+            with args.journal.open("a", encoding="utf-8") as journal:
+                journal.write(json.dumps(row) + "\n")
         gains = "  ".join(
             f"{name} {row[name]['top']['gain']:+.1f}/{row[name]['confirmed']['gain']:+.1f}" for name in methods
         )
@@ -403,6 +406,7 @@ def main() -> None:
     parser.add_argument("--overhead", action="store_true", help="time the search at population 64 instead")
     parser.add_argument("--minutes", type=float, help="begin no further task after so long")
     parser.add_argument("--table", type=Path, help="write the table of tasks, Markdown")
+    parser.add_argument("--journal", type=Path, help="append every row as it comes, JSON lines")
     parser.add_argument("--threads", type=int, default=1, help="of a process")
     parser.add_argument("--processes", type=int, default=1, help="that share the tasks, and the GPUs")
     args = parser.parse_args()
