@@ -20,7 +20,8 @@ Cases (``--cases``, comma-separated; ``--list`` prints them all):
 
 With ``--predict``, or where a plan is among the cases, costs are measured first, and every case of ours on the bare
 executor says how far its step time and its peak memory are from what the simulator made of them. With ``--compile`` the
-layers of all cases are compiled, ours with split backward passes.
+layers of all cases are compiled, ours with split backward passes; with ``--compile-stages`` ours alone, each stage as
+one, also where costs are measured.
 
 TFLOP/s count 6 operations a parameter and token; ``of limit`` is the limit's step time over the case's. With
 ``--growth 200`` so many steps run, and the memory held after a tenth of them and after all is compared.
@@ -258,6 +259,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--costs", type=Path, help="costs measured before, instead of measuring them")
     parser.add_argument("--save-costs", type=Path, help="write the costs that were measured")
     parser.add_argument("--compile", action="store_true", help="the layers of all cases")
+    parser.add_argument("--compile-stages", action="store_true", help="of our cases")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start nothing after so many seconds")
     parser.add_argument("--timeout-s", type=float, default=300, help="of collectives")
     parser.add_argument("--traceback", action="store_true", help="of cases that fail")

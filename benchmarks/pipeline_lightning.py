@@ -132,6 +132,7 @@ def run_lightning(bench: Bench, micro_batches: int, *, name: str) -> Measured:
     ranks, count, settings = split_settings(bench, micro_batches, settings)
     # The order is planned anew for the times of one early batch.
     warmup = bench.args.warmup + (RECORDED_BATCH if auto else 0)
+    settings["compile_stages"] = bench.args.compile_stages
     strategy = ZeroPPStrategy(ranks, bench.world // ranks, num_microbatches=count, **settings)
     rows = bench.tokens(count).cpu()
     every = TensorDataset(rows.repeat((warmup + bench.args.steps + 1) * bench.world // ranks, 1))

@@ -105,7 +105,7 @@ def costs_of(bench: Bench, build: Callable[[], tuple[Chain, Callable[[], Any]]] 
 def _gpt(bench: Bench) -> tuple[Chain, Callable[[], Tensor]]:
     model = bench.materialize(bench.model())
     tokens = bench.tokens(1)
-    return find_chain(model), lambda: loss_of(model(tokens), tokens)
+    return bench.chain(model), lambda: loss_of(model(tokens), tokens)
 
 
 def _message_link(bench: Bench) -> tuple[Link, Any]:
@@ -217,7 +217,7 @@ def _run(bench: Bench, schedule: Schedule, cuts: list[tuple[int, int]], name: st
     model = bench.model()
     groups = bench.groups(schedule.ranks)
     pipeline = Pipeline(
-        find_chain(model), schedule.placement, cuts, groups, bench.device, peer_copies=not bench.args.nccl
+        bench.chain(model), schedule.placement, cuts, groups, bench.device, peer_copies=not bench.args.nccl
     )
     pipeline.prepare()
     parts = bench.tokens(schedule.micro_batches).chunk(schedule.micro_batches)

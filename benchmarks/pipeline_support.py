@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_zeroprompt.pipeline.chain import Chain
 from lightning_zeroprompt.pipeline.costs import Costs
+from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
 from lightning_zeroprompt.pipeline.meters import keep_working
 
@@ -172,6 +174,13 @@ class Bench:
                 reset()
         return module
 
+    def chain(self, model: nn.Module) -> Chain:
+        """A model's blocks, to be compiled by stages where that was asked for."""
+        chain = find_chain(model)
+        if self.args.compile_stages:
+            chain.compile_rows()
+        return chain
+
     def tokens(self, micro_batches: int) -> Tensor:
         """Random tokens, (micro-batches x rows, length), the same on all ranks."""
         shape = (micro_batches * self.args.rows, self.args.length)
@@ -184,6 +193,8 @@ class Bench:
         gc.unfreeze()  # or they would not be found
         gc.collect()
         tensors = [part for part in gc.get_objects() if type(part) in (Tensor, nn.Parameter) and not part.is_meta]
+        # Compilers leave wrappers that hold nothing.
+        tensors = [part for part in tensors if not torch._is_functional_tensor(part)]
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors}
         return sum(storages.values()), sum(storages.values())
 

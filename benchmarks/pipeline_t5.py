@@ -42,7 +42,6 @@ from lightning_zeroprompt.models import Text2TextModule
 from lightning_zeroprompt.models.module import token_loss
 from lightning_zeroprompt.pipeline.chain import Chain
 from lightning_zeroprompt.pipeline.costs import Costs
-from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.strategies import ZeroPPStrategy
 from lightning_zeroprompt.strategies.auto import RECORDED_BATCH
 
@@ -102,7 +101,7 @@ def costs(bench: Bench, corpus: Corpus) -> Costs:
         data = _data(bench, corpus, 1, 1)
         data.setup("fit")
         part = {name: value.to(bench.device) for name, value in next(iter(data.train_dataloader())).items()}
-        return find_chain(module), lambda: token_loss(module(part), part["labels"])
+        return bench.chain(module), lambda: token_loss(module(part), part["labels"])
 
     return costs_of(bench, build)
 
@@ -110,6 +109,7 @@ def costs(bench: Bench, corpus: Corpus) -> Costs:
 def run_strategy(bench: Bench, corpus: Corpus, micro_batches: int, schedule: str) -> Measured:
     """``ZeroPPStrategy`` through the Trainer."""
     settings: dict[str, Any] = {"schedule": schedule, "num_microbatches": micro_batches}
+    settings["compile_stages"] = bench.args.compile_stages
     if schedule == "auto-measured":
         settings |= {"schedule": "auto", "costs": bench.costs}
     elif schedule != "auto":
@@ -137,6 +137,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heat-s", type=float, default=2.0, help="of matrix products on GPUs before each case")
     parser.add_argument("--timeline", type=Path, help="write timelines of one more step of each case into a folder")
     parser.add_argument("--compile", action="store_true", help="the layers of all cases")
+    parser.add_argument("--compile-stages", action="store_true", help="of our cases, also where costs are measured")
     parser.add_argument("--nccl", action="store_true", help="measure messages by NCCL")
     parser.add_argument("--costs", type=Path, help="costs measured before, instead of measuring them")
     parser.add_argument("--save-costs", type=Path, help="write the costs that were measured")

@@ -86,6 +86,11 @@ class _DecoderStart(_Block):
 
 
 class _DecoderBlock(_Block):
+    def __init__(self, model: T5, layer: nn.Module) -> None:
+        super().__init__(model, layer, model.decoder_bias, cost=_decoder_cost(layer))
+        # Asked here: compilers do not see that a module is the same one by two names.
+        self.is_last = layer is model.decoder[-1]
+
     def forward(self, memory: Tensor, x: Tensor, *, inputs: _Call, memo: StageMemo) -> tuple[Tensor, Tensor] | Tensor:
         def scores() -> tuple[Tensor, Tensor | None]:
             given = _given(inputs)
@@ -94,7 +99,7 @@ class _DecoderBlock(_Block):
         bias, cross_mask = memo.once("decoder", scores)
         x = self.parts[0](x, memory, bias, cross_mask)
         # Nothing behind the last layer reads the encoder's output.
-        return x if self.parts[0] is self.model.decoder[-1] else (memory, x)
+        return x if self.is_last else (memory, x)
 
 
 class _Head(_Block):
@@ -119,7 +124,7 @@ def pipeline_blocks(model: T5) -> list[nn.Module]:
         _EncoderStart(model, model.shared, model.soft_prompt, model.encoder_positions),
         *(_EncoderBlock(model, layer, model.encoder_bias, cost=module_cost(layer)) for layer in model.encoder),
         _DecoderStart(model, model.encoder_norm, model.shared, model.decoder_positions),
-        *(_DecoderBlock(model, layer, model.decoder_bias, cost=_decoder_cost(layer)) for layer in model.decoder),
+        *(_DecoderBlock(model, layer) for layer in model.decoder),
         _Head(model, *head_parts, cost=head_cost),
     ]
 

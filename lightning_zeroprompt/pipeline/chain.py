@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -37,11 +37,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_zeroprompt.pipeline.stand_in import StandIn, nothing_of, without_caches
-from lightning_zeroprompt.pipeline.torch_compat import is_compiled
+from lightning_zeroprompt.pipeline.torch_compat import allow_recompilations, is_compiled
 
 __all__ = ["Calls", "Chain", "StageMemo"]
 
 _Made = TypeVar("_Made")
+_Link = tuple[nn.Module, tuple[Any, ...], dict[str, Any], bool]
+"""A block, what it is given besides the stream, and whether it takes the memo."""
+_ROWS = 64
+"""Different rows that may be compiled in a process: by their blocks, shapes, and modes."""
 
 
 @dataclass(slots=True)
@@ -104,6 +108,7 @@ class Chain:
     ) -> None:
         self.root, self.blocks, self.target, self.name = root, list(blocks), target, name
         self.checkpoint_blocks = False
+        self._run_row: Callable[[tuple[_Link, ...], Any], Any] = _run_row
         if not self.blocks:
             raise ValueError(f"{name} has no blocks to put on stages")
         self._takes_inputs, self._takes_memo = (
@@ -361,7 +366,18 @@ class Chain:
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
-    def run(self, first: int, last: int, stream: tuple[Any, ...], calls: Calls, memo: StageMemo | None = None) -> Any:
+    def compile_rows(self, **options: Any) -> None:
+        """Compile what runs in a row (a stage, or one block where blocks are recomputed) instead of each block.
+
+        Rows of like blocks share their code. What a compiled call costs the host is paid once a row.
+
+        Args:
+            options: Of ``torch.compile``.
+        """
+        allow_recompilations(_ROWS)
+        self._run_row = torch.compile(_run_row, **options)
+
+    def run(self, first: int, last: int, stream: tuple[Any, ...], calls: Calls) -> Any:
         """Run blocks ``first`` to ``last``.
 
         Args:
@@ -369,35 +385,44 @@ class Chain:
             last: Index behind the last block.
             stream: What comes in: for block 0 the chain's arguments, else what block ``first - 1`` returned.
             calls: Of the micro-batch.
-            memo: What has been made for the micro-batch on this stage; None is nothing.
 
         Returns:
             What block ``last - 1`` returns.
         """
+        return self.run_row(range(first, last), stream, calls)
+
+    def run_row(self, indices: Iterable[int], stream: tuple[Any, ...], calls: Calls) -> Any:
+        """As ``run``, for blocks in any order, a block several times included."""
+        row = tuple(self._link(index, calls) for index in indices)
+        if not (self.checkpoint_blocks or calls.checkpointed) or not torch.is_grad_enabled():
+            return self._run_row(row, stream)
         output: Any = stream
-        memo = StageMemo() if memo is None else memo
-        for index in range(first, last):
-            args = output if isinstance(output, tuple) else (output,)
-            kwargs: dict[str, Any] = {}
-            if self.target is None:
-                more, kwargs = calls.extra[index]
-                args = (*args, *more)
-            else:
-                if index == 0:
-                    kwargs = dict(calls.kwargs)
-                if self._takes_inputs[index]:
-                    kwargs["inputs"] = (calls.args, calls.kwargs)
-            if (self.checkpoint_blocks or calls.checkpointed) and torch.is_grad_enabled():
-                # A block is run again alone: what another one has made is not made then.
-                output = checkpoint(self._run_block, index, None, *args, use_reentrant=False, **kwargs)
-            else:
-                output = self._run_block(index, memo, *args, **kwargs)
+        for link in row:
+            # A block is run again alone: what another one has made is not made then.
+            output = checkpoint(self._run_row, (link,), output, use_reentrant=False)
         return output
 
-    def _run_block(self, index: int, memo: StageMemo | None, *args: Any, **kwargs: Any) -> Any:
-        if self._takes_memo[index]:
-            kwargs["memo"] = StageMemo() if memo is None else memo
-        return self.blocks[index](*args, **kwargs)
+    def _link(self, index: int, calls: Calls) -> _Link:
+        more: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if self.target is None:
+            more, kwargs = calls.extra[index]
+        else:
+            if index == 0:
+                kwargs = dict(calls.kwargs)
+            if self._takes_inputs[index]:
+                kwargs["inputs"] = (calls.args, calls.kwargs)
+        return self.blocks[index], more, kwargs, self._takes_memo[index]
+
+
+def _run_row(row: tuple[_Link, ...], stream: Any) -> Any:
+    """Blocks, each on what the one before returned."""
+    memo = StageMemo()
+    output = stream
+    for block, more, kwargs, takes_memo in row:
+        args = output if isinstance(output, tuple) else (output,)
+        output = block(*args, *more, **kwargs, memo=memo) if takes_memo else block(*args, *more, **kwargs)
+    return output
 
 
 def _places(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_zeroprompt.pipeline.chain import Calls, Chain, StageMemo
+from lightning_zeroprompt.pipeline.chain import Calls, Chain
 from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
 from lightning_zeroprompt.pipeline.meters import DeviceMeter, Meter, Phase
 from lightning_zeroprompt.pipeline.torch_compat import storage_key
@@ -109,16 +109,14 @@ def _slowed(costs: BlockCosts, factor: float) -> BlockCosts:
 
 
 class _Phases:
-    """F, B and W of a block, run so many times in a row on what it returned."""
+    """F, B and W of what runs in a row."""
 
     def __init__(
         self,
-        run: Callable[[tuple[Any, ...], StageMemo], Any],
-        inputs: tuple[Any, ...],
+        run: Callable[[], Any],
         context: Callable[[], AbstractContextManager[Any]],
-        times: int,
     ) -> None:
-        self._run, self._inputs, self._context, self._times = run, inputs, context, times
+        self._run, self._context = run, context
         self.store, self.outputs = WeightGradStore(), list[Any]()
         self._weight: list[Callable[[], None]] = []
         self._gradients: list[Tensor] = []
@@ -126,11 +124,7 @@ class _Phases:
     def plain_forward(self) -> None:
         """F in front of an ordinary backward pass."""
         with self._context():
-            stream: Any = self._inputs
-            memo = StageMemo()
-            for _ in range(self._times):
-                stream = self._run(stream if isinstance(stream, tuple) else (stream,), memo)
-        self.outputs[:] = [stream]
+            self.outputs[:] = [self._run()]
 
     def forward(self) -> None:
         """F in front of B and W."""
@@ -260,10 +254,7 @@ class _Profile:
         return 1.0 if seconds is None else max(1.0, seconds / sum(expected for _, expected in self._rows))
 
     def _phases(self, index: int, inputs: tuple[Any, ...], calls: Calls, times: int) -> _Phases:
-        def run(stream: tuple[Any, ...], memo: StageMemo) -> Any:
-            return self._chain.run(index, index + 1, stream, calls, memo)
-
-        return _Phases(run, inputs, self._context, times)
+        return _Phases(lambda: self._chain.run_row([index] * times, inputs, calls), self._context)
 
     def _activations(self, forward: Callable[[], None]) -> int:
         """Bytes of distinct storages that autograd keeps from F to B, weights left out."""

@@ -58,6 +58,7 @@ __all__ = [
     "SafeFileSystemReader",
     "StageBase",
     "UnshardedGradBuffers",
+    "allow_recompilations",
     "finish_reductions",
     "forget_process_groups",
     "fused_attention",
@@ -431,6 +432,13 @@ def keep_compiled_buffers() -> None:
         (functorch, "donated_buffer"),
     ):
         setattr(settings, name, False)
+
+
+def allow_recompilations(count: int) -> None:
+    """Let a function be compiled for at least so many kinds of arguments in this process, before it is not any more."""
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, count)
 
 
 def keep_busy(seconds: float) -> None:

@@ -85,6 +85,8 @@ class ZeroPPStrategy(RankedStrategy):
         resident: K, stages of a rank whose weights are gathered at once; ``"auto"`` is 2 (or V, if less), or all where
             nothing is sharded.
         activation_checkpointing: Run each block under ``torch.utils.checkpoint``.
+        compile_stages: Compile the blocks of each stage as one, with ``torch.compile``; a mapping has its options.
+            Blocks that are recomputed are compiled one by one.
         evaluation: ``"pipeline"`` runs ``validation_step``, ``test_step`` and ``predict_step`` on the pipeline, which
             takes one call of the model in each; ``"whole"`` gathers the weights to every rank while they run, for steps
             that call it in any way; ``"auto"`` does the latter where the module has ``evaluate_whole = True``. Ranks
@@ -123,6 +125,7 @@ class ZeroPPStrategy(RankedStrategy):
         cap: int | None = None,
         resident: Size = "auto",
         activation_checkpointing: bool = False,
+        compile_stages: bool | Mapping[str, Any] = False,
         evaluation: Literal["auto", "pipeline", "whole"] = "auto",
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
@@ -147,6 +150,7 @@ class ZeroPPStrategy(RankedStrategy):
         if evaluation not in ("auto", "pipeline", "whole"):
             raise ValueError(f"evaluation={evaluation!r}: use 'pipeline', 'whole' or 'auto'")
         self._activation_checkpointing, self._cpu_offload = activation_checkpointing, cpu_offload
+        self._compile_stages = {} if compile_stages is True else compile_stages
         self._evaluation = evaluation
         self._whole: WholeModel | None = None
         self._pipeline: Pipeline | None = None
@@ -248,6 +252,8 @@ class ZeroPPStrategy(RankedStrategy):
         self.precision_plugin.convert_module(module)
         chain = find_chain(module, self._settings.fewest_stages(self.groups.layout.pipeline))
         chain.checkpoint_blocks = self._activation_checkpointing
+        if self._compile_stages is not False:
+            chain.compile_rows(**self._compile_stages)
         warn_of_batch_norm(chain, self._settings.num_microbatches)
         layout = self.groups.layout
         if self._auto is None:

@@ -396,13 +396,39 @@ def test_model(model, run_ranks):
     compare(run_ranks(both, 2, settings, model, (), 1))
 
 
-def sharded(make):
-    losses, _, held = fit({"data_parallel_size": 2}, make, (), 1)
+STAGES = {"compile_stages": {"backend": "aot_eager"}}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("nanogpt", {}),
+        ("nanogpt", {"schedule": "zbv"}),
+        ("nanogpt", {"activation_checkpointing": True}),
+        ("sequential", {}),
+        ("target and blocks", {}),
+        ("compiled blocks", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "".join(value),
+)
+def test_compiled_stages(model, settings, run_ranks):
+    compare(run_ranks(both, 2, settings | STAGES, model, (), 1))
+
+
+def test_compiled_stages_of_a_hugging_face_model(run_ranks):
+    compare(run_ranks(both, 2, STAGES, "causal", ("Llama", "sdpa", True, False), PARTS))
+
+
+def sharded(make, settings):
+    losses, _, held = fit({"data_parallel_size": 2} | settings, make, (), 1)
     return losses, {name: part.to_local() for name, part in held.items()}
 
 
-def test_compiled_blocks_with_sharded_weights(run_ranks):
-    together = zip(run_ranks(sharded, 4, "nanogpt"), run_ranks(sharded, 4, "compiled blocks"), strict=True)
+@pytest.mark.parametrize(
+    ("model", "settings"), [("compiled blocks", {}), ("nanogpt", STAGES)], ids=["blocks", "stages"]
+)
+def test_compiled_with_sharded_weights(model, settings, run_ranks):
+    together = zip(run_ranks(sharded, 4, "nanogpt", {}), run_ranks(sharded, 4, model, settings), strict=True)
     for (losses, held), (expected, parts) in together:
         assert losses == pytest.approx(expected, abs=1e-9)
         assert held.keys() == parts.keys()

@@ -126,10 +126,10 @@ def plain(model, device):
     return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
 
 
-def errors(device_type, data, dtype, names=tuple(SETTINGS), backend=None):
+def errors(device_type, data, dtype, names=tuple(SETTINGS), compiled=None):
     """For each schedule the largest relative error of a gradient: ours, and plain autograd's in the same type.
 
-    With a ``backend`` our blocks are compiled by it.
+    With ``compiled`` our ``"blocks"`` or ``"stages"`` are compiled.
     """
     device = start(device_type)
     torch.manual_seed(0)
@@ -140,10 +140,11 @@ def errors(device_type, data, dtype, names=tuple(SETTINGS), backend=None):
     found = {}
     for name in names:
         ours = copy.deepcopy(model)
-        if backend is not None:
-            for block in ours.blocks:
-                block.compile(backend=backend)
+        for block in ours.blocks if compiled == "blocks" else ():
+            block.compile()
         pipeline, step = cut(ours, name, Layout(dist.get_world_size() // data, data), device)
+        if compiled == "stages":
+            pipeline.chain.compile_rows()
         for _ in range(2):
             # The second step finds what the first has left behind.
             for parameter in pipeline.parameters().values():
@@ -281,10 +282,11 @@ def test_gradients_in_bfloat16(data):
 
 
 @pytest.mark.parametrize("data", SHARED)
-def test_gradients_of_compiled_blocks(data):
+@pytest.mark.parametrize("compiled", ["blocks", "stages"])
+def test_gradients_of_compiled_blocks(data, compiled):
     """The bounds of ``test_gradients_in_float32``."""
     names = ("zeropp", "zbv")
-    for found in run_distributed(errors, RANKS, "cuda", data, torch.float32, names, "inductor", timeout=300):
+    for found in run_distributed(errors, RANKS, "cuda", data, torch.float32, names, compiled, timeout=300):
         assert all(ours < 1e-5 for ours, _ in found.values()), found
 
 

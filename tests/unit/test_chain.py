@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_zeroprompt.pipeline.chain_check import ChainCopy
 from lightning_zeroprompt.pipeline.find_chain import find_chain
+from lightning_zeroprompt.pipeline.weight_grad import WeightGradStore, defer_linears
 
 
 class Block(nn.Module):
@@ -339,6 +340,42 @@ def test_compiled_model_is_refused_and_compiled_blocks_are_not():
     for layer in model.layers:
         layer.compile()
     assert len(find_chain(model)) == 3
+
+
+def in_a_loop(model, x):
+    for layer in model.layers:
+        x = layer(x)
+    return x
+
+
+def test_a_row_is_compiled_as_one_and_shared_by_rows_of_like_blocks():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = Model(in_a_loop, blocks=6)
+    chain = find_chain(model)
+    calls = chain.capture(lambda: model(TOKENS))
+    expected = chain.run(0, 6, calls.args, calls)
+    expected.sum().backward()
+    gradients = [parameter.grad for parameter in model.layers.parameters()]
+    model.zero_grad()
+    chain.compile_rows(backend=backend)
+    defer_linears(model)
+    store, streams = WeightGradStore(), [calls.args[0].detach().requires_grad_()]
+    with store.record():
+        for first in (0, 2, 4):
+            streams.append(chain.run(first, first + 2, (streams[-1],), calls))
+        torch.testing.assert_close(streams[-1], expected, rtol=0, atol=1e-6)
+        streams[-1].sum().backward()
+    assert len(graphs) == 1
+    assert all(parameter.grad is None for parameter in model.layers.parameters())
+    store.take()()
+    for parameter, gradient in zip(model.layers.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-6)
 
 
 # -- modules on other ranks -------------------------------------------------------------------------------------------
