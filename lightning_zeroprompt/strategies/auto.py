@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from lightning_zeroprompt.pipeline.chain import Chain
@@ -35,7 +36,7 @@ from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule
 from lightning_zeroprompt.pipeline.simulator import simulate
 from lightning_zeroprompt.pipeline.timeline import Lane
 
-__all__ = ["RECORDED_BATCH", "AutoSchedule", "estimated_costs", "measured_costs"]
+__all__ = ["RECORDED_BATCH", "AutoSchedule", "estimated_costs", "gpu_sizes", "measured_costs"]
 
 RECORDED_BATCH = 2
 """Number of the batch whose times are taken: the first ones compile kernels and fill allocators."""
@@ -119,7 +120,7 @@ class AutoSchedule:
     Args:
         costs: Measured before, or the path of a file with them; None estimates.
         stages_per_rank: V; None chooses: with measured costs freely, else 2 where there are blocks enough.
-        memory_limit: Bytes that a GPU may hold by the costs' sizes; None is no limit.
+        memory_limit: Bytes that a GPU may hold by the costs' sizes; None is no limit (but see ``limit_to_gpus``).
         recompute: Whether blocks run under activation checkpointing.
 
     Raises:
@@ -135,7 +136,7 @@ class AutoSchedule:
         recompute: bool = False,
     ) -> None:
         self._given = costs if costs is None or isinstance(costs, Costs) else Costs.load(Path(costs))
-        if memory_limit is not None and (self._given is None or not any(b.activations for b in self._given.blocks)):
+        if memory_limit is not None and (self._given is None or not _says_what_is_held(self._given)):
             raise ValueError(
                 f"memory_limit={memory_limit}: nothing says what blocks hold; give costs= measured by profile_chain, "
                 "or written by zeroprompt-plan --save-costs"
@@ -143,11 +144,21 @@ class AutoSchedule:
         if memory_limit is not None and memory_limit < 1:
             raise ValueError(f"memory_limit={memory_limit}: give bytes a GPU, such as 60 * 2**30")
         self._memory_limit, self._recompute = memory_limit, recompute
+        self._limit_is_ours = False
         self._stages_per_rank = stages_per_rank
         self._stages: Costs | None = None
         self._cuts: tuple[tuple[int, int], ...] = ()
         self._chosen: Candidate | None = None
         self.measured = False
+
+    def limit_to_gpus(self, sizes: Sequence[int]) -> None:
+        """Limit memory to most of the smallest GPU's, where no limit was given and the costs say what blocks hold.
+
+        Args:
+            sizes: Bytes of all ranks' GPUs; empty where there are none.
+        """
+        if sizes and self._memory_limit is None and self._given is not None and _says_what_is_held(self._given):
+            self._memory_limit, self._limit_is_ours = int(_SHARE_OF_GPU * min(sizes)), True
 
     def cut(self, chain: Chain, ranks: int, data: int, micro_batches: int) -> tuple[Placement, list[tuple[int, int]]]:
         """Choose the cut and the placement.
@@ -175,15 +186,20 @@ class AutoSchedule:
                 f"costs of {len(costs.blocks)} blocks for a model with {len(chain)}: they were measured for another "
                 "model or another configure_pipeline(); measure again"
             )
-        found = plan(
-            costs,
-            ranks=ranks,
-            data_parallel=data,
-            micro_batches=micro_batches,
-            memory_limit=self._memory_limit,
-            stages_per_rank=per_rank,
-            recompute=self._recompute,
-        )
+        try:
+            found = plan(
+                costs,
+                ranks=ranks,
+                data_parallel=data,
+                micro_batches=micro_batches,
+                memory_limit=self._memory_limit,
+                stages_per_rank=per_rank,
+                recompute=self._recompute,
+            )
+        except ValueError as error:
+            if self._limit_is_ours:
+                error.add_note(f"(the limit is {_SHARE_OF_GPU:.0%} of the smallest GPU; memory_limit= sets another)")
+            raise
         self._chosen, self._cuts = found.best, found.cuts
         self._stages = _as_blocks(costs.recomputed() if self._recompute else costs, found.cuts)
         return found.schedule.placement, list(found.cuts)
@@ -265,6 +281,23 @@ _NOISE = 1.02
 """Times of one recorded step in which an order is as good as a better one."""
 _PROPORTION = 1.2
 """How far the factors may lie apart by which recorded times differ from costs that are kept."""
+
+
+_SHARE_OF_GPU = 0.85
+"""Of a GPU's memory that a plan may use: the rest is for contexts, communicators and what lies between tensors."""
+
+
+def gpu_sizes(device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
+    """Bytes of the GPUs of all ranks of a group, which call this together; empty on CPUs."""
+    if device.type != "cuda":
+        return []
+    sizes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(sizes, torch.cuda.get_device_properties(device).total_memory, group=group)
+    return sizes
+
+
+def _says_what_is_held(costs: Costs) -> bool:
+    return any(block.activations for block in costs.blocks)
 
 
 def _in_proportion(found: Costs, known: Costs) -> bool:

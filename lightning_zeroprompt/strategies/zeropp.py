@@ -48,7 +48,7 @@ from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.schedule import Schedule
 from lightning_zeroprompt.strategies.announce import describe_cut, describe_schedule
-from lightning_zeroprompt.strategies.auto import AutoSchedule
+from lightning_zeroprompt.strategies.auto import AutoSchedule, gpu_sizes
 from lightning_zeroprompt.strategies.callbacks import cut_averages, refuse_callbacks
 from lightning_zeroprompt.strategies.checkpoint.optimizer import load_named_state, named_state, numbers_to_names
 from lightning_zeroprompt.strategies.checkpoint.trainer import load_checkpoint, load_module_state, save_checkpoint
@@ -79,7 +79,8 @@ class ZeroPPStrategy(RankedStrategy):
         schedule: One of ``pipeline.SCHEDULES``; or ``"auto"``: the planner chooses V, placement, unit and order, and
             the order anew for the times of the third batch (see ``auto``).
         costs: For ``schedule="auto"``: measured costs, or the path of a file with them; None estimates.
-        memory_limit: For ``schedule="auto"`` with costs: bytes that a GPU may hold in a step by their sizes.
+        memory_limit: For ``schedule="auto"`` with costs: bytes that a GPU may hold in a step by their sizes; None is
+            most of the smallest GPU's memory.
         vshape: Place stages down the ranks and up again; None is the schedule's own placement.
         cap: See ``pipeline.build_schedule``.
         resident: K, stages of a rank whose weights are gathered at once; ``"auto"`` is 2 (or V, if less), or all where
@@ -260,6 +261,7 @@ class ZeroPPStrategy(RankedStrategy):
             placement = self._settings.placement(layout.pipeline, len(chain))
             cuts = cut_chain(chain, placement)
         else:
+            self._auto.limit_to_gpus(gpu_sizes(self.root_device, self.groups.everyone))
             count = self._settings.expected_count(layout.pipeline)
             placement, cuts = self._auto.cut(chain, layout.pipeline, layout.data, count)
         compare_ranks(

@@ -187,6 +187,25 @@ def test_plans_keep_the_memory_limit(recompute):
     assert max(free) > limit
 
 
+def test_plans_fit_the_smallest_gpu_unless_told_otherwise():
+    costs, gpu = sized(), 10**6
+
+    def peak(limit, sizes):
+        auto = AutoSchedule(costs, None, limit)
+        auto.limit_to_gpus(sizes)
+        placement, cuts = auto.cut(chain(), ranks=2, data=1, micro_batches=8)
+        return max(simulate(auto.build(placement, 1, 8)[0], costs, cuts).peak_bytes)
+
+    free = peak(None, [])
+    assert peak(None, [gpu, gpu]) == free
+    small = round(0.9 * free)
+    assert peak(None, [gpu, small]) <= 0.85 * small
+    assert peak(gpu, [gpu, small]) == free
+    with pytest.raises(ValueError, match="nothing fits") as raised:
+        peak(None, [200])
+    assert raised.value.__notes__ == ["(the limit is 85% of the smallest GPU; memory_limit= sets another)"]
+
+
 def test_a_limit_that_nothing_fits():
     auto = AutoSchedule(sized(), None, 200)
     with pytest.raises(
