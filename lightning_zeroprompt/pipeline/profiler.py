@@ -37,6 +37,8 @@ from lightning_zeroprompt.pipeline.weight_grad import WeightGradStore, defer_lin
 
 __all__ = ["machine_name", "model_fingerprint", "profile_chain"]
 
+_STAGE = 4
+"""Blocks among which what a stage makes once, such as a mask or a bias, is shared where sizes are counted."""
 _ADAM_BYTES = 8
 """Bytes of Adam's two moments a parameter, in float32."""
 
@@ -191,7 +193,7 @@ class _Profile:
         if key not in self._known:
             takes = [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in tree_leaves(inputs)]
             gives = [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in tree_leaves(output)]
-            self._known[key] = self._measure_block(index, inputs, calls, self._meter.row if takes == gives else 1)
+            self._known[key] = self._measure_block(index, inputs, calls, alike=takes == gives)
         return self._known[key], tree_map_only(Tensor, _input, output)
 
     def behind(self, step: Callable[[], Any], stream: Any) -> BlockCosts:
@@ -214,8 +216,9 @@ class _Profile:
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def _measure_block(self, index: int, inputs: tuple[Any, ...], calls: Calls, times: int) -> BlockCosts:
+    def _measure_block(self, index: int, inputs: tuple[Any, ...], calls: Calls, *, alike: bool) -> BlockCosts:
         one = self._phases(index, inputs, calls, 1)
+        times = self._meter.row if alike else 1
         parameters = [p for p in self._chain.blocks[index].parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0) if parameters else None
 
@@ -231,7 +234,9 @@ class _Profile:
             whole = self._meter.measure([row.plain_forward, row.backward], times * moved)[1].shared(times, whole)
         steps = self._meter.measure([optimizer.step], _bytes(parameters) * 4)[0] if optimizer else Phase(0.0, 0.0)
         del optimizer
-        held = self._activations(one.forward)
+        stage = _STAGE if alike else 1
+        held = self._activations(self._phases(index, inputs, calls, stage).forward) // stage
+        one.forward()
         one.propagate()
         waiting = _distinct(one.store.held())
         one.store.take()

@@ -46,6 +46,27 @@ def profiled(model, meter, rows=ROWS):
     return profile_chain(find_chain(model), lambda: F.cross_entropy(model(tokens), tokens), meter, message=LINK)
 
 
+class Masked(nn.Module):
+    """A Linear whose output is multiplied with a part of a large tensor that a stage makes once."""
+
+    SIZE = 1000
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, memo):
+        return self.linear(x) * memo.once("mask", lambda: torch.ones(self.SIZE))[:WIDTH]
+
+
+def test_what_a_stage_makes_once_is_shared_by_its_blocks():
+    model = Model()
+    model.blocks = nn.Sequential(*(Masked() for _ in range(3)))
+    costs = profiled(model, DeviceMeter(torch.device("cpu"), repeats=1, warmup=0))
+    for block in costs.blocks:
+        assert block.activations == 4 * ROWS * WIDTH + 4 * Masked.SIZE // 4
+
+
 def test_operations_are_counted_exactly():
     with torch.device("meta"):
         model = Model()
@@ -106,8 +127,9 @@ def test_our_t5_with_its_tuples():
     )
     assert len(costs.blocks) == len(chain)
     assert len(set(costs.blocks)) < len(chain)
-    # The decoder's stream carries the encoder's output too.
-    assert costs.blocks[-2].output > costs.blocks[1].output
+    # The decoder's stream carries the encoder's output too, but behind its last layer.
+    *_, layer, last, _ = costs.blocks
+    assert layer.output == costs.blocks[1].output + last.output
 
 
 def test_a_row_of_blocks_makes_once_what_a_stage_makes_once():
@@ -126,8 +148,8 @@ def test_a_row_of_blocks_makes_once_what_a_stage_makes_once():
     for layer in module.model.encoder:
         layer.register_forward_pre_hook(lambda *given: runs.append(1))
     profile_chain(chain, lambda: module(batch).square().mean(), meter, message=LINK)
-    # Two rows of four, for F with and without W: three of each four found the scores there.
-    assert len(runs) - len(made) == 2 * 3
+    # Three rows of four, for F with and without W and for what is held: three of each four found the scores there.
+    assert len(runs) - len(made) == 3 * 3
 
 
 def test_what_a_call_costs_the_host_is_no_part_of_a_block():
