@@ -49,7 +49,7 @@ def compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` for code that is being compiled; its weight gradients are put aside.
 
     Args:
-        x: ``(..., in_features)``, with a gradient to make.
+        x: ``(..., in_features)``, with a gradient to make, in the type to compute in.
         weight: Of a registered Linear.
         bias: Likewise.
 
@@ -72,7 +72,7 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
@@ -87,7 +87,7 @@ def _input_gradient(grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor
         )
     linear = _linear_of(weight, bias)
     _put[0](x.detach(), grad_output.detach(), linear.weight, linear.bias)
-    return grad_output @ weight
+    return grad_output @ weight.to(grad_output.dtype)
 
 
 # Without the checks of torch.library.custom_op, which take the host longer than the call.

@@ -227,8 +227,10 @@ class DeferredLinear(nn.Linear):
         # Whether a store records, and not which one: compiled code would be made anew for each.
         if not WeightGradStore._records or not _defers(weight, bias):
             return super().forward(x)
-        if x.requires_grad and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return compiled_linear(x, weight, bias)
+        kinds = (x.dtype, weight.dtype)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.requires_grad and (torch.float64 not in kinds if autocast else kinds[0] == kinds[1]):
+            return compiled_linear(x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x, weight, bias)
         result: Tensor = _uncompiled(x, weight, bias)
         return result
 

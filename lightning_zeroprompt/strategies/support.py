@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small things that the strategy needs: seeds, precision, results of micro-batches."""
+"""Small things that the strategy needs: seeds, precision, options, results of micro-batches."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from lightning_zeroprompt.pipeline.chain import Chain
 
 __all__ = [
+    "compile_options",
     "fsdp_precision",
     "hidden_example",
     "hydra_config",
@@ -107,6 +108,29 @@ def fsdp_precision(plugin: Precision) -> MixedPrecisionPolicy | None:
         f"precision plugin {type(plugin).__name__} is not supported by zeropp; use 32-true, 64-true, bf16-true or "
         "bf16-mixed"
     )
+
+
+def compile_options(given: bool | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Options of ``torch.compile`` for stages; None where they are not to be compiled.
+
+    Raises:
+        ValueError: If it is neither, or asks for CUDA graphs, whose memory is written again before weight gradients are
+            made.
+
+    >>> compile_options(True), compile_options({"dynamic": False}), compile_options(False)
+    ({}, {'dynamic': False}, None)
+    """
+    if not isinstance(given, bool | Mapping):
+        raise ValueError(f"compile_stages={given!r}: use True, False or a mapping of torch.compile's options")
+    if isinstance(given, bool):
+        return {} if given else None
+    graphs = dict(given.get("options") or {}).get("triton.cudagraphs")
+    if graphs or given.get("mode") in ("reduce-overhead", "max-autotune"):
+        raise ValueError(
+            f"compile_stages={dict(given)}: this uses CUDA graphs, whose memory is written again before weight "
+            "gradients are made from it. Use mode='max-autotune-no-cudagraphs', or no mode"
+        )
+    return dict(given)
 
 
 def warn_of_batch_norm(chain: Chain, micro_batches: int | str) -> None:

@@ -59,7 +59,13 @@ from lightning_zeroprompt.strategies.ranks import RankedStrategy
 from lightning_zeroprompt.strategies.schedules import AUTO, ScheduleSettings, Size
 from lightning_zeroprompt.strategies.steps import PipelineSteps
 from lightning_zeroprompt.strategies.stopping import StopSignals
-from lightning_zeroprompt.strategies.support import fsdp_precision, hidden_example, hydra_config, warn_of_batch_norm
+from lightning_zeroprompt.strategies.support import (
+    compile_options,
+    fsdp_precision,
+    hidden_example,
+    hydra_config,
+    warn_of_batch_norm,
+)
 from lightning_zeroprompt.strategies.whole import WholeEvaluation, WholeModel
 
 __all__ = ["ZeroPPStrategy"]
@@ -151,7 +157,7 @@ class ZeroPPStrategy(RankedStrategy):
         if evaluation not in ("auto", "pipeline", "whole"):
             raise ValueError(f"evaluation={evaluation!r}: use 'pipeline', 'whole' or 'auto'")
         self._activation_checkpointing, self._cpu_offload = activation_checkpointing, cpu_offload
-        self._compile_stages = {} if compile_stages is True else compile_stages
+        self._compile_stages = compile_options(compile_stages)
         self._evaluation = evaluation
         self._whole: WholeModel | None = None
         self._pipeline: Pipeline | None = None
@@ -253,7 +259,7 @@ class ZeroPPStrategy(RankedStrategy):
         self.precision_plugin.convert_module(module)
         chain = find_chain(module, self._settings.fewest_stages(self.groups.layout.pipeline))
         chain.checkpoint_blocks = self._activation_checkpointing
-        if self._compile_stages is not False:
+        if self._compile_stages is not None:
             chain.compile_rows(**self._compile_stages)
         warn_of_batch_norm(chain, self._settings.num_microbatches)
         layout = self.groups.layout

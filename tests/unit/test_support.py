@@ -9,7 +9,7 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 
-from lightning_zeroprompt.strategies.support import hydra_config
+from lightning_zeroprompt.strategies.support import compile_options, hydra_config
 
 
 @pytest.fixture
@@ -48,3 +48,16 @@ from lightning_zeroprompt.strategies.support import hydra_config
 print(hydra_config(), "hydra" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "None False\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("yes", "use True, False or a mapping of torch.compile's options"),
+        ({"mode": "reduce-overhead"}, "CUDA graphs, .* Use mode='max-autotune-no-cudagraphs'"),
+        ({"options": {"triton.cudagraphs": True}}, "CUDA graphs"),
+    ],
+)
+def test_options_that_stages_cannot_be_compiled_with(given, message):
+    with pytest.raises(ValueError, match=message):
+        compile_options(given)

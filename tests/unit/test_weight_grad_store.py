@@ -22,6 +22,7 @@ from split_backward import (
     straight,
 )
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -132,9 +133,15 @@ def test_nothing_is_deferred_without_gradients(mode: Callable[[], contextlib.Abs
     assert len(store) == 0
 
 
-def test_under_autocast_gradients_are_those_of_autocast() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_under_autocast_gradients_are_those_of_autocast(compiled: bool) -> None:
+    torch._dynamo.reset()
+    counters.clear()
     net, store = Net(straight).float(), WeightGradStore()
     reference, batches = copy.deepcopy(net), [x.float() for x in inputs(3, 6, requires_grad=False)]
+    if compiled:
+        net.compile(backend="aot_eager")
+        batches = [x.requires_grad_() for x in batches]
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -147,6 +154,8 @@ def test_under_autocast_gradients_are_those_of_autocast() -> None:
         assert ours.grad.dtype == torch.float32
         # The same products of the same bfloat16 numbers, summed in another order.
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-2, atol=1e-2 * theirs.grad.abs().max().item())
+    # Or it would be as many pieces of code as Linears.
+    assert not counters["graph_break"]
 
 
 # Types
