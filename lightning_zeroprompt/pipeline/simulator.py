@@ -203,21 +203,22 @@ class Simulator:
             for rank, tasks in enumerate(self.schedule.tasks)
         )
 
-    def run(self, *, jitter: float = 0.0, seed: int = 0) -> Simulation:
+    def run(self, *, jitter: float = 0.0, seed: int = 0, slower_hosts: float = 1.0) -> Simulation:
         """Simulate a step.
 
         Args:
             jitter: Standard deviation of each task's time, as a share of it. A rank's work as a whole stays the same,
                 so that what is compared under the same jitter differs by how an order bears it, not by luck.
             seed: Of the jitter.
+            slower_hosts: Times as long as the costs say that hosts take.
 
         Raises:
             ValueError: If a rank waits for what never comes.
         """
         seconds = self._jittered(jitter, seed) if jitter else self._seconds
-        walk = _Walk(self, seconds)
+        walk = _Walk(self, seconds, slower_hosts)
         if self._contended:
-            walk = _Walk(self, walk.stretched())
+            walk = _Walk(self, walk.stretched(), slower_hosts)
         busy = tuple(sum(end - start for start, end in spans) for spans in walk.spans)
         return Simulation(
             self.schedule,
@@ -234,8 +235,8 @@ class Simulator:
 class _Walk:
     """One walk over all lists."""
 
-    def __init__(self, simulator: Simulator, seconds: Sequence[float]) -> None:
-        self._simulator, self._seconds = simulator, seconds
+    def __init__(self, simulator: Simulator, seconds: Sequence[float], slower_hosts: float) -> None:
+        self._simulator, self._seconds, self._slower = simulator, seconds, slower_hosts
         ranks = simulator._ranks
         self.spans: list[_Spans] = [[] for _ in range(ranks)]
         self.waits: list[list[WaitSpan]] = [[] for _ in range(ranks)]
@@ -254,7 +255,7 @@ class _Walk:
         self._run()
 
     def _run(self) -> None:
-        simulator, seconds, arrival = self._simulator, self._seconds, self._arrival
+        simulator, seconds, arrival, slower = self._simulator, self._seconds, self._arrival, self._slower
         ranks, nccl = simulator._ranks, simulator._nccl
         position = [0] * ranks
         gathered = [0.0] * len(simulator.stages)
@@ -279,17 +280,17 @@ class _Walk:
                     if stage >= 0 and gathered[stage] > begin:
                         self.waits[rank].append(WaitSpan(Cause.GATHER, begin, gathered[stage]))
                         begin = gathered[stage]
-                    host += time
+                    host += slower * time
                     clock = begin + seconds[number]
                     if host > clock:
                         clock = host
                     spans.append((begin, clock))
                 elif code == _SEND:
-                    host += time
+                    host += slower * time
                     send = self._enqueue if nccl else self._copy
                     todo.extend(send(rank, simulator._peers[number], number, begin))
                 elif code == _RECEIVE:
-                    host += time
+                    host += slower * time
                     if nccl:
                         todo.extend(self._enqueue(rank, needed, number, begin))
                     else:
@@ -297,9 +298,9 @@ class _Walk:
                         if self._copied[number] >= 0:
                             self._arrive(number)
                 elif code == _HOST:
-                    host += time
+                    host += slower * time
                 else:
-                    host += simulator.costs.host_action
+                    host += slower * simulator.costs.host_action
                     begin = max(begin, collectives)
                     collectives = begin + time
                     if code == _GATHER:
