@@ -6,9 +6,10 @@
 2. *Drafts* in each (``drafts.py``): all published schedules, and list schedules for the measured costs.
 3. *Local search* improves the best drafts' orders (``local_search.py``) and cuts (``recut.py``) under the memory limit.
 4. *Simulation* of all drafts that can matter, with the host, collectives and messages, and exact memory.
-5. *Choice*: of what fits and is within half a per cent of the fastest, the one that loses least when every task's time
-   varies by 10 %, and of equals the one that holds least. All published schedules are among the candidates, so a plan
-   is never slower than one of them by more than that half per cent.
+5. *Choice*: of what fits and is within half a per cent of the fastest, and the best of each V and placement within 2.5,
+   the one that loses least when every task's time varies by 10 %, with hosts as they are and with slow ones, and of
+   equals the one that holds least. All published schedules are among the candidates, so a plan is never slower than one
+   of them by more than half a per cent, or 2.5 where slow hosts would make it slower.
 
 What is tried is bounded by counted tasks, never by a clock: equal input gives an equal plan on every rank.
 

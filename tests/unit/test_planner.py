@@ -22,7 +22,7 @@ from lightning_zeroprompt.pipeline.partition import measured_cuts
 from lightning_zeroprompt.pipeline.planner import plan
 from lightning_zeroprompt.pipeline.recut import recut
 from lightning_zeroprompt.pipeline.schedule import COMPUTE
-from lightning_zeroprompt.pipeline.simulator import simulate
+from lightning_zeroprompt.pipeline.simulator import Simulator, simulate
 
 LAYER = {"forward": 1.0, "backward": 1.4, "weight": 0.8}
 BYTES = {"parameters": 100, "gradients": 100, "state": 600, "activations": 50, "weight_inputs": 30, "output": 10}
@@ -336,3 +336,20 @@ def test_a_limit_that_nothing_fits_says_the_smallest_that_something_does():
 def test_sizes_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         plan(Costs.uniform(4, **LAYER), **{"micro_batches": 4, **settings})
+
+
+def test_a_plan_bears_slower_hosts():
+    """With hosts as measured V=3 is 1 % faster than V=1; with slow ones it takes a fifth longer, and V=1 does not."""
+    link = Link(2e-5, 3e11)
+    times = dict.fromkeys(("host_forward", "host_backward"), 0.2e-3) | {"host_weight": 0.08e-3}
+    block = BlockCosts(
+        forward=0.3e-3, backward=0.4e-3, weight=0.3e-3, activations=10**8, weight_inputs=10**8, output=10**7, **times
+    )
+    costs = Costs((block,) * 32, link, link, link, host_action=0.12e-3)
+    found = plan(costs, ranks=2, micro_batches=16)
+    simulator = Simulator(found.schedule, costs, found.cuts)
+    assert simulator.run(slower_hosts=1.75).seconds < 1.05 * found.best.seconds
+    assert found.best.seconds < 1.025 * found.candidates[0].seconds
+    fastest = found.candidates[0]
+    slow = Simulator(fastest.schedule, costs, fastest.cuts).run(slower_hosts=1.75)
+    assert slow.seconds > 1.15 * fastest.seconds
