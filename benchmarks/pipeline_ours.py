@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_zeroprompt.pipeline.catalogue import build_schedule, is_listed
 from lightning_zeroprompt.pipeline.chain import Chain
-from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link
+from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link, costs_of_ranks
 from lightning_zeroprompt.pipeline.executor import MicroBatch
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.host_profile import measure_host_action
@@ -75,31 +75,28 @@ def costs_of(bench: Bench, build: Callable[[], tuple[Chain, Callable[[], Any]]] 
         return Costs.load(bench.args.costs)
     message, transport = _message_link(bench)
     gather, reduce = _collective_links(bench)
-    # Every rank has a host; the slowest one counts.
-    action = max(bench.gather(measure_host_action(bench.device, bench.groups(1).pipeline)))
-    text = None
-    if bench.rank == 0:
-        chain, step = (build or partial(_gpt, bench))()
-        costs = profile_chain(
-            chain,
-            step,
-            DeviceMeter(bench.device, repeats=10 if bench.cuda else 2),
-            message=message,
-            gather=gather,
-            reduce=reduce,
-            host_action=action,
-        )
-        width = bench.dtype.itemsize
+    chain, step = (build or partial(_gpt, bench))()
+    # All at once, as in a step: ranks share a host's memory and its driver.
+    bench.synchronize()
+    costs = profile_chain(
+        chain,
+        step,
+        DeviceMeter(bench.device, repeats=10 if bench.cuda else 2),
+        message=message,
+        gather=gather,
+        reduce=reduce,
+        host_action=measure_host_action(bench.device, bench.groups(1).pipeline),
+    )
+    width = bench.dtype.itemsize
 
-        def still(block: BlockCosts) -> BlockCosts:
-            return replace(block, state=block.state - _MOMENTS * block.parameters // width, optimizer=0.0)
+    def still(block: BlockCosts) -> BlockCosts:
+        return replace(block, state=block.state - _MOMENTS * block.parameters // width, optimizer=0.0)
 
-        costs = replace(costs, blocks=tuple(map(still, costs.blocks)), transport=transport, model="")
-        text = costs.to_json()
-        if bench.args.save_costs is not None:
-            costs.save(bench.args.save_costs)
-        del chain, step
-    return Costs.from_json(bench.gather(text)[0])
+    costs = replace(costs, blocks=tuple(map(still, costs.blocks)), transport=transport, model="")
+    costs = costs_of_ranks([Costs.from_json(text) for text in bench.gather(costs.to_json())])
+    if bench.rank == 0 and bench.args.save_costs is not None:
+        costs.save(bench.args.save_costs)
+    return costs
 
 
 def _gpt(bench: Bench) -> tuple[Chain, Callable[[], Tensor]]:

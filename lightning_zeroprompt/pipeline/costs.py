@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["BlockCosts", "Costs", "Link", "Transport", "stage_costs"]
+__all__ = ["BlockCosts", "Costs", "Link", "Transport", "costs_of_ranks", "stage_costs"]
 
 Transport = Literal["copy_engine", "nccl"]
 """How messages travel: a queue a direction and pair of ranks (copy engines), or one ordered stream a rank (NCCL)."""
@@ -362,6 +362,33 @@ def _known(kind: type[Any], name: str, values: Mapping[str, Any], required: Iter
 def _read(kind: type[Any], name: str, value: Any, *, complete: bool = False) -> Any:
     required = _TIMES_AND_SIZES if complete else ("latency", "bandwidth") if kind is Link else ()
     return kind(**_known(kind, name, _object(name, value), required))
+
+
+def costs_of_ranks(measured: Sequence[Costs]) -> Costs:
+    """One set of costs from what all ranks measured of one model at the same time.
+
+    Args:
+        measured: Of each rank. Devices' times are averaged, since every rank has some of the blocks; of hosts the
+            slowest counts, since the others wait for it. Sizes, links and names are the first one's.
+    """
+
+    def joined(blocks: Sequence[BlockCosts]) -> BlockCosts:
+        values: dict[str, float | None] = {}
+        for name in ("forward", "backward", "weight", "full_backward", "optimizer"):
+            times = [value for value in (getattr(block, name) for block in blocks) if value is not None]
+            values[name] = math.fsum(times) / len(times) if times else None
+        for name in ("host_forward", "host_backward", "host_weight"):
+            values[name] = max(getattr(block, name) for block in blocks)
+        return replace(blocks[0], **values)  # type: ignore[arg-type]
+
+    first = measured[0]
+    return replace(
+        first,
+        blocks=tuple(map(joined, zip(*(costs.blocks for costs in measured), strict=True))),
+        before=joined([costs.before for costs in measured]),
+        behind=joined([costs.behind for costs in measured]),
+        host_action=max(costs.host_action for costs in measured),
+    )
 
 
 def stage_costs(costs: Costs, cuts: Sequence[tuple[int, int]]) -> list[BlockCosts]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link, stage_costs
+from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link, costs_of_ranks, stage_costs
 
 SECONDS = st.floats(1e-6, 1e3)
 BYTES = st.integers(0, 10**12)
@@ -141,3 +141,19 @@ def test_recomputing_holds_inputs_and_runs_forward_twice():
     block = small().recomputed().blocks[1]
     assert (block.forward, block.backward, block.weight, block.whole_backward) == (1.0, 3.0, 0.5, 3.5)
     assert (block.activations, block.weight_inputs, block.workspace) == (4, 6, 10)
+
+
+def test_costs_of_ranks_are_the_mean_device_and_the_slowest_host():
+    blocks = [
+        BlockCosts(forward=1.0, backward=2.0, weight=0.5, host_forward=0.3, host_backward=0.1, output=4),
+        BlockCosts(forward=3.0, backward=4.0, weight=0.5, host_forward=0.1, host_backward=0.7, output=4),
+    ]
+    ranks = [
+        small(blocks=(block,) * 2, behind=block, host_action=action)
+        for block, action in zip(blocks, (5e-5, 2e-5), strict=True)
+    ]
+    expected = BlockCosts(forward=2.0, backward=3.0, weight=0.5, host_forward=0.3, host_backward=0.7, output=4)
+    found = costs_of_ranks(ranks)
+    assert (found.blocks, found.before, found.behind) == ((expected,) * 2, ranks[0].before, expected)
+    assert found.host_action == 5e-5
+    assert costs_of_ranks(ranks[:1]) == ranks[0]
