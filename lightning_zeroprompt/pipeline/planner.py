@@ -9,7 +9,7 @@
 5. *Choice*: of what fits and is within half a per cent of the fastest, and the best of each V and placement within 2.5,
    the one that loses least when every task's time varies by 10 %, with hosts as they are and with slow ones, and of
    equals the one that holds least. All published schedules are among the candidates, so a plan is never slower than one
-   of them by more than half a per cent, or 2.5 where slow hosts would make it slower.
+   of them by more than half a per cent, or 2.5 where it bears jitter and slow hosts better.
 
 What is tried is bounded by counted tasks, never by a clock: equal input gives an equal plan on every rank.
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 from lightning_zeroprompt.strategies import ZeroPPStrategy
@@ -341,7 +342,11 @@ def fit(strategy, make, arguments, parts):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Ranks are shared by tests, and would find what an earlier one has compiled.
+    torch._dynamo.reset()
+    counters.clear()
     trainer.fit(module, DataLoader(images if isinstance(module, ViT) else text, BATCH))
+    assert "compile_stages" not in strategy or counters["stats"]["unique_graphs"]
     held = {name: p.detach() for name, p in module.named_parameters() if not p.is_meta}
     return module.losses, first, held
 
