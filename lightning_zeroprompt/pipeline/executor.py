@@ -33,6 +33,7 @@ from lightning_zeroprompt.pipeline.schedule import Kind, Placement, Schedule, Ta
 from lightning_zeroprompt.pipeline.stage import StageModule
 from lightning_zeroprompt.pipeline.timeline import Cause
 from lightning_zeroprompt.pipeline.torch_compat import (
+    OneGroup,
     RuntimeBase,
     StageBase,
     UnshardedGradBuffers,
@@ -106,6 +107,8 @@ class _Stage(StageBase):
         self._sharded = isinstance(module, FSDPModule)
         self.store = WeightGradStore(UnshardedGradBuffers(module) if isinstance(module, FSDPModule) else None)
         super().__init__(module, module.stage, stages, executor.device, executor.group, self.store.take)
+        self._group = OneGroup.of(module)
+        self._run: Callable[..., Any] = module if self._group is None else self._group.forward
         self._inputs: dict[int, tuple[Tensor, ...]] = {}
         self._output_grads: dict[int, tuple[Tensor | None, ...]] = {}
         self._works: dict[tuple[Kind, int], Sequence[_Work]] = {}
@@ -126,7 +129,7 @@ class _Stage(StageBase):
             return found
 
         with given.context(), self.store.record():
-            output = self.submod(*stream, calls=calls)
+            output = self._run(*stream, calls=calls)
         executor.forward_done(self.stage_index, micro_batch)
         outputs = output if isinstance(output, tuple) else (output,)
         if not self.is_last:
@@ -176,6 +179,8 @@ class _Stage(StageBase):
         # A checkpointed block runs its forward pass here, and has to find what it found then.
         with self.store.record():
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if self._group is not None:
+            self._group.backward_done()
         if recorder is not None:
             recorder.end()
 
