@@ -32,6 +32,7 @@ from lightning_zeroprompt.pipeline.profiler import profile_chain
 from lightning_zeroprompt.pipeline.recorder import StepRecorder
 from lightning_zeroprompt.pipeline.render import timeline_text, write_timeline
 from lightning_zeroprompt.pipeline.schedule import Kind, Schedule
+from lightning_zeroprompt.pipeline.shard_profile import measure_sharding
 from lightning_zeroprompt.pipeline.simulator import Simulator
 from lightning_zeroprompt.pipeline.timeline import Timeline, align
 
@@ -150,8 +151,10 @@ def _collective_links(bench: Bench) -> tuple[Link, Link]:
         dist.reduce_scatter_tensor(shard, whole, group=group)
 
     sizes = (2**16 * (bench.world - 1), 2**27 * (bench.world - 1) if bench.cuda else 2**20 * (bench.world - 1))
-    found = [slowest_link(bench.gather(measure_link(move, bench.device, sizes))) for move in (gather, reduce)]
-    return found[0], found[1]
+    found = measure_link(gather, bench.device, sizes), measure_link(reduce, bench.device, sizes)
+    mesh = bench.groups(1).data_mesh
+    everyone = bench.gather(measure_sharding(*found, bench.device, mesh, bench.dtype) if bench.cuda else found)
+    return slowest_link([link for link, _ in everyone]), slowest_link([link for _, link in everyone])
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------

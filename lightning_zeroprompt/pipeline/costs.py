@@ -61,6 +61,7 @@ class BlockCosts:
         weight_inputs: Bytes held from B to W.
         output: Bytes of what goes to the next block, and of its gradient.
         workspace: Bytes that a task of the block takes while it runs, on top.
+        tensors: Parameters, as many as there are tensors.
     """
 
     forward: float = 0.0
@@ -78,6 +79,7 @@ class BlockCosts:
     weight_inputs: int = 0
     output: int = 0
     workspace: int = 0
+    tensors: int = 0
 
     @property
     def work(self) -> float:
@@ -118,12 +120,18 @@ class Link:
         bandwidth: Bytes a second, while nothing computes. Of a collective: of its whole ring ("bus bandwidth").
         slowdown: How many times as long a transfer takes while its rank computes, which is nearly always.
         contention: How many times as long a rank computes while the transfer runs on it.
+        host: Seconds in which the host launches a collective of FSDP, besides walking its entry.
+        host_tensor: Seconds more for each of the stage's tensors.
+        copy: Seconds a byte in which the computing stream copies what goes into a collective and comes out of it.
     """
 
     latency: float
     bandwidth: float
     slowdown: float = 1.0
     contention: float = 1.0
+    host: float = 0.0
+    host_tensor: float = 0.0
+    copy: float = 0.0
 
     def seconds(self, size: float) -> float:
         """Of a transfer beside computations; nothing takes no time.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -77,14 +78,11 @@ def slowest_link(links: list[Link]) -> Link:
         links: At least one.
 
     >>> slowest_link([Link(1e-5, 2e9), Link(2e-5, 3e9, slowdown=1.5)])
-    Link(latency=2e-05, bandwidth=2000000000.0, slowdown=1.5, contention=1.0)
+    Link(latency=2e-05, bandwidth=2000000000.0, slowdown=1.5, contention=1.0, host=0.0, host_tensor=0.0, copy=0.0)
     """
-    return Link(
-        max(link.latency for link in links),
-        min(link.bandwidth for link in links),
-        max(link.slowdown for link in links),
-        max(link.contention for link in links),
-    )
+    names = [entry.name for entry in fields(Link)]
+    worst = {name: (min if name == "bandwidth" else max)(getattr(link, name) for link in links) for name in names}
+    return Link(**worst)
 
 
 def _together(device: torch.device) -> None:

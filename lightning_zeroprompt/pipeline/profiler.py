@@ -293,6 +293,7 @@ class _Profile:
             parameters=weights,
             gradients=gradients,
             state=state,
+            tensors=len(parameters),
             workspace=max(phase.workspace for phase in phases),
         )
 

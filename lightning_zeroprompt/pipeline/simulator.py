@@ -11,7 +11,8 @@ reductions of sharded weights), *messages*. Nothing blocks the host; a computati
   made; the receiver takes it out once its computations have come to the receive. By NCCL, one queue a rank: a message
   starts when both ranks' queues have come to it.
 * **Collectives** start when the rank's computations have come to them. The ranks that share a stage's weights do the
-  same at the same time, so one of them is simulated.
+  same at the same time, so one of them is simulated. FSDP's packing runs between computations: shards in front of a
+  gather, weights in front of the first task that uses them, gradients in front of a reduction.
 * **Contention.** Communication slows computations down (``Link.contention``). Which share of a task runs beside
   communication is taken from a first walk without any; a second walk stretches the tasks by it.
 * **Memory** depends on lists alone, since allocations follow the host's order: exact counters, see ``peak_bytes``.
@@ -130,6 +131,15 @@ class Simulator:
         self._seconds = [stage.forward for stage in self.stages for _ in range(schedule.micro_batches)]
         self._seconds += [stage.backward for stage in self.stages for _ in range(schedule.micro_batches)]
         self._seconds += [stage.weight for stage in self.stages for _ in range(schedule.micro_batches)]
+        gather, reduce = costs.gather, costs.reduce
+        self._launch = [
+            tuple(costs.host_action + link.host + link.host_tensor * stage.tensors for link in (gather, reduce))
+            for stage in self.stages
+        ]
+        self._pack = [
+            (gather.copy * stage.parameters / data_parallel, reduce.copy * stage.gradients) for stage in self.stages
+        ]
+        self._unpack = [gather.copy * stage.parameters for stage in self.stages]
         self._contended = (self._nccl and costs.message.contention > 1) or (
             data_parallel > 1 and max(costs.gather.contention, costs.reduce.contention) > 1
         )
@@ -258,7 +268,7 @@ class _Walk:
         simulator, seconds, arrival, slower = self._simulator, self._seconds, self._arrival, self._slower
         ranks, nccl = simulator._ranks, simulator._nccl
         position = [0] * ranks
-        gathered = [0.0] * len(simulator.stages)
+        gathered, unpack = [0.0] * len(simulator.stages), [0.0] * len(simulator.stages)
         todo = list(range(ranks))
         while todo:
             rank = todo.pop()
@@ -280,6 +290,9 @@ class _Walk:
                     if stage >= 0 and gathered[stage] > begin:
                         self.waits[rank].append(WaitSpan(Cause.GATHER, begin, gathered[stage]))
                         begin = gathered[stage]
+                    if stage >= 0 and unpack[stage]:
+                        begin += unpack[stage]
+                        unpack[stage] = 0.0
                     host += slower * time
                     clock = begin + seconds[number]
                     if host > clock:
@@ -300,11 +313,14 @@ class _Walk:
                 elif code == _HOST:
                     host += slower * time
                 else:
-                    host += slower * simulator.costs.host_action
+                    host += slower * simulator._launch[number][code == _REDUCE]
+                    packed = simulator._pack[number][code == _REDUCE]
+                    if packed:
+                        clock = begin = begin + packed
                     begin = max(begin, collectives)
                     collectives = begin + time
                     if code == _GATHER:
-                        gathered[number] = collectives
+                        gathered[number], unpack[number] = collectives, simulator._unpack[number]
                         self._gathers[rank].append((begin, collectives))
                     else:
                         self._reductions[rank].append((begin, collectives))
