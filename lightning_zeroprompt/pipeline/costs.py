@@ -58,6 +58,7 @@ class BlockCosts:
         gradients: Bytes of whole, unreduced gradients where weights are sharded.
         state: Bytes held all the time with nothing sharded: weights, gradients, the optimizer's moments.
         activations: Bytes held from F to B, the block's input included.
+        shared: Bytes held from F to B that the blocks of a stage make once, such as a mask; 0 for a whole stage.
         weight_inputs: Bytes held from B to W.
         output: Bytes of what goes to the next block, and of its gradient.
         workspace: Bytes that a task of the block takes while it runs, on top.
@@ -80,6 +81,7 @@ class BlockCosts:
     output: int = 0
     workspace: int = 0
     tensors: int = 0
+    shared: int = 0
 
     @property
     def work(self) -> float:
@@ -108,7 +110,7 @@ class BlockCosts:
             _check_number(f"{name}.{entry.name}", value, positive=computes and entry.name in ("forward", "backward"))
 
 
-_SUMMED = tuple(f.name for f in fields(BlockCosts) if f.name not in ("full_backward", "output", "workspace"))
+_SUMMED = tuple(f.name for f in fields(BlockCosts) if f.name not in ("full_backward", "output", "workspace", "shared"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +257,8 @@ class Costs:
                 backward=block.backward + block.forward,
                 host_backward=block.host_backward + block.host_forward,
                 full_backward=block.whole_backward + block.forward,
-                workspace=block.workspace + block.activations,
+                workspace=block.workspace + block.activations + block.shared,
+                shared=0,
             )
 
         inputs = [self.blocks[0].output, *(block.output for block in self.blocks[:-1])]
@@ -407,7 +410,8 @@ def stage_costs(costs: Costs, cuts: Sequence[tuple[int, int]]) -> list[BlockCost
         cuts: For each stage its first block and the one behind its last.
 
     Returns:
-        One for each stage; ``output`` is that of its last block, ``workspace`` the largest of its parts.
+        One for each stage; ``output`` is that of its last block, ``workspace`` the largest of its parts, and
+        ``activations`` have what its blocks share.
 
     Raises:
         ValueError: If the cuts do not cover all blocks, each once and in order.
@@ -427,6 +431,7 @@ def stage_costs(costs: Costs, cuts: Sequence[tuple[int, int]]) -> list[BlockCost
         if index == len(cuts) - 1:
             parts.append(costs.behind)
         sums = {name: sum(getattr(part, name) for part in parts) for name in _SUMMED}
+        sums["activations"] += max(part.shared for part in parts)
         stages.append(
             BlockCosts(
                 **sums,

@@ -38,7 +38,7 @@ from lightning_zeroprompt.pipeline.weight_grad import WeightGradStore, defer_lin
 __all__ = ["machine_name", "model_fingerprint", "profile_chain"]
 
 _STAGE = 4
-"""Blocks among which what a stage makes once, such as a mask or a bias, is shared where sizes are counted."""
+"""Blocks in a row that show what a stage makes once, such as a mask or a bias."""
 _ADAM_BYTES = 8
 """Bytes of Adam's two moments a parameter, in float32."""
 
@@ -234,8 +234,10 @@ class _Profile:
             whole = self._meter.measure([row.plain_forward, row.backward], times * moved)[1].shared(times, whole)
         steps = self._meter.measure([optimizer.step], _bytes(parameters) * 4)[0] if optimizer else Phase(0.0, 0.0)
         del optimizer
-        stage = _STAGE if alike else 1
-        held = self._activations(self._phases(index, inputs, calls, stage).forward) // stage
+        held, shared = self._activations(one.forward), 0
+        if alike:
+            several = self._activations(self._phases(index, inputs, calls, _STAGE).forward)
+            shared = max(0, _STAGE * held - several) // (_STAGE - 1)
         one.forward()
         one.propagate()
         waiting = _distinct(one.store.held())
@@ -243,7 +245,8 @@ class _Profile:
         sizes = BlockCosts(
             full_backward=whole.seconds,
             optimizer=steps.seconds,
-            activations=held,
+            activations=held - shared,
+            shared=shared,
             weight_inputs=waiting,
             output=_bytes(one.outputs[0]),
         )

@@ -73,7 +73,8 @@ def _times(
 ) -> tuple[_Times, _Times]:
     """Of a gather, its release included, and of a reduction."""
     layers = [nn.Linear(side, side, bias=False, device=device, dtype=dtype) for _ in range(count)]
-    stage = fully_shard(nn.Sequential(*layers), mesh=mesh, reshard_after_forward=False)
+    row = nn.Sequential(*layers)
+    stage = fully_shard(row, mesh=mesh, reshard_after_forward=False)
     stage.set_reshard_after_backward(False)
     gather_stage(stage)
     stage.reshard()
@@ -86,14 +87,14 @@ def _times(
         if handle is not None:
             handle.wait()
         waited = time.perf_counter() - begin
-        for parameter in stage.parameters():
+        for parameter in row.parameters():
             parameter.grad = torch.zeros_like(parameter)
         reductions.append(_once(lambda: reduce_gradients(stage), device))
         finish_reductions(stage)
         begin = time.perf_counter()
         stage.reshard()
         gathers.append((launch + waited + time.perf_counter() - begin, packed))
-        for parameter in stage.parameters():
+        for parameter in row.parameters():
             parameter.grad = None
     return _medians(gathers), _medians(reductions)
 

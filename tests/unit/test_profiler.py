@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_zeroprompt.models import Text2TextModule
-from lightning_zeroprompt.pipeline.costs import Link
+from lightning_zeroprompt.pipeline.costs import Link, stage_costs
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.meters import DeviceMeter, FlopMeter, Phase
 from lightning_zeroprompt.pipeline.profiler import profile_chain
@@ -63,8 +63,13 @@ def test_what_a_stage_makes_once_is_shared_by_its_blocks():
     model = Model()
     model.blocks = nn.Sequential(*(Masked() for _ in range(3)))
     costs = profiled(model, DeviceMeter(torch.device("cpu"), repeats=1, warmup=0))
-    for block in costs.blocks:
-        assert block.activations == 4 * ROWS * WIDTH + 4 * Masked.SIZE // 4
+    own, mask = 4 * ROWS * WIDTH, 4 * Masked.SIZE
+    assert [(block.activations, block.shared) for block in costs.blocks] == [(own, mask)] * 3
+    stages = stage_costs(costs, [(0, 2), (2, 3)])
+    assert [stage.activations for stage in stages] == [2 * own + mask, own + mask + costs.behind.activations]
+    # Under a checkpoint an input is what a block holds.
+    again = costs.recomputed()
+    assert [(block.activations, block.shared) for block in again.blocks] == [(own, 0)] * 3
 
 
 def test_operations_are_counted_exactly():

@@ -217,6 +217,28 @@ def test_gathers_are_waited_for_and_contention_stretches_what_runs_beside_them()
     assert (alone.seconds, alone.collective_bytes) == (6 + 4, 0)
 
 
+def test_what_fsdp_does_around_its_collectives():
+    schedule = made(["AG0 F0.0 F0.1 B0.0 B0.1 RSH0 W0.0 W0.1 RS0"], micro_batches=2)
+    costs = Costs.uniform(1, **ONE_EACH, parameters=40, gradients=80, tensors=3)
+    bare = replace(costs, gather=Link(0.0, 10.0), reduce=Link(0.0, 10.0))
+    lane = simulate(schedule, bare, cuts_of(1), data_parallel=2).timeline.lanes[0]
+    assert [span.start for span in lane.tasks] == [2, 3, 4, 5, 6, 7]
+
+    # Half of the weights are packed, all are unpacked, once; then all gradients are packed.
+    packed = replace(costs, gather=Link(0.0, 10.0, copy=0.01), reduce=Link(0.0, 10.0, copy=0.025))
+    step = simulate(schedule, packed, cuts_of(1), data_parallel=2)
+    assert [span.start for span in step.timeline.lanes[0].tasks] == pytest.approx([2.6, 3.6, 4.6, 5.6, 6.6, 7.6])
+    assert step.seconds == pytest.approx(8.6 + 0.025 * 80 + 4)
+
+    # A host that is late with the gather, and with what comes behind the reduction.
+    launched = replace(costs, gather=Link(0.0, 10.0, host=1.5, host_tensor=0.5), reduce=Link(0.0, 10.0, host=20.0))
+    step = simulate(schedule, launched, cuts_of(1), data_parallel=2)
+    assert step.timeline.lanes[0].tasks[0].start == pytest.approx(3)
+    assert step.seconds == pytest.approx(3 + 20)
+    slow = Simulator(schedule, launched, cuts_of(1), data_parallel=2).run(slower_hosts=2.0)
+    assert slow.seconds == pytest.approx(2 * (3 + 20))
+
+
 def test_contention_of_messages_is_nccls_alone():
     schedule = build_schedule("zeropp", ranks=2, stages_per_rank=2, micro_batches=8)
     costs = Costs.uniform(4, **ONE_EACH, output=1, message=Link(0.0, 10.0, contention=1.2))
