@@ -7,7 +7,6 @@ links; every rank then has the same costs, makes the same plans, and simulates w
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -76,8 +75,8 @@ def costs_of(bench: Bench, build: Callable[[], tuple[Chain, Callable[[], Any]]] 
     if bench.args.costs is not None:
         return Costs.load(bench.args.costs)
     message, transport = _message_link(bench)
+    gather, reduce = _collective_links(bench)
     chain, step = (build or partial(_gpt, bench))()
-    gather, reduce = _collective_links(bench, None if build is not None else _layer(bench, chain))
     # All at once, as in a step: ranks share a host's memory and its driver.
     bench.synchronize()
     costs = profile_chain(
@@ -107,22 +106,6 @@ def _gpt(bench: Bench) -> tuple[Chain, Callable[[], Tensor]]:
     return bench.chain(model), lambda: loss_of(model(tokens), tokens)
 
 
-def _layer(bench: Bench, chain: Chain) -> Callable[[], None]:
-    """Passes through one layer of the GPT."""
-    first, end = len(chain) // 2 - 1, len(chain) // 2 + 1
-    x = torch.randn(bench.args.rows, bench.args.length, bench.args.width, dtype=bench.dtype, device=bench.device)
-    x.requires_grad_()
-    weights = [weight for block in chain.blocks[first:end] for weight in block.parameters()]
-
-    def run() -> None:
-        y = x
-        for block in chain.blocks[first:end]:
-            y = block(y)
-        torch.autograd.grad(y, [x, *weights], x)
-
-    return run
-
-
 def _message_link(bench: Bench) -> tuple[Link, Any]:
     """From rank 0 to rank 1, as the executor sends; the others look on."""
     if bench.world == 1:
@@ -145,8 +128,8 @@ def _message_link(bench: Bench) -> tuple[Link, Any]:
     return link, "copy_engine" if peers is not None else "nccl"
 
 
-def _collective_links(bench: Bench, work: Callable[[], None] | None) -> tuple[Link, Link]:
-    """Of gathers and reductions over all ranks, beside work; a tensor is what each rank receives."""
+def _collective_links(bench: Bench) -> tuple[Link, Link]:
+    """Of gathers and reductions over all ranks; a tensor is what each rank receives."""
     if bench.world == 1:
         return Link(0.0, 1e12), Link(0.0, 1e12)
     group = bench.groups(1).data_mesh.get_group()
@@ -168,10 +151,7 @@ def _collective_links(bench: Bench, work: Callable[[], None] | None) -> tuple[Li
         dist.reduce_scatter_tensor(shard, whole, group=group)
 
     sizes = (2**16 * (bench.world - 1), 2**27 * (bench.world - 1) if bench.cuda else 2**20 * (bench.world - 1))
-    found = (
-        measure_link(gather, bench.device, sizes, work=work),
-        measure_link(reduce, bench.device, sizes, work=work),
-    )
+    found = measure_link(gather, bench.device, sizes), measure_link(reduce, bench.device, sizes)
     mesh = bench.groups(1).data_mesh
     everyone = bench.gather(measure_sharding(*found, bench.device, mesh, bench.dtype) if bench.cuda else found)
     return slowest_link([link for link, _ in everyone]), slowest_link([link for _, link in everyone])
@@ -229,7 +209,6 @@ def run_planned(bench: Bench, micro_batches: int, *, limited: bool) -> Measured:
 
 
 def _run(bench: Bench, schedule: Schedule, cuts: list[tuple[int, int]], name: str) -> Measured:
-    gc.collect()  # of what cases before have left, or the profile
     held, data = bench.memory()[0], bench.world // schedule.ranks
     predicted = expected = None
     if bench.costs is not None:

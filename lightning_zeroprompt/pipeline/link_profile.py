@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long messages and collectives take on a machine, alone and beside computations.
 
-Transfers of two sizes give latency and bandwidth. On a GPU they are then run beside computations on a stream of their
-own, which last longer: how many times as long the larger one takes now is its ``slowdown``, and how many times as long
-computations take while it runs its ``contention``. Differences between the two sizes count, since ranks and hosts are
-never quite together. Copy engines leave computations alone; NCCL's kernels take multiprocessors from them.
+Transfers of two sizes give latency and bandwidth. On a GPU they are then run beside matrix products on a stream of
+their own, which last longer: how many times as long the larger one takes now is its ``slowdown``, and how many times as
+long products take while it runs its ``contention``. Differences between the two sizes count, since ranks and hosts are
+never quite together. Copy engines leave products alone; NCCL's kernels take multiprocessors from them.
 
 Alternatives: a collective's own benchmark (nccl-tests) knows nothing of computations; fitting all four numbers to
 recorded steps mixes them with the schedule's waits.
@@ -18,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,11 +38,7 @@ _MOST = 0.9
 
 
 def measure_link(
-    transfer: Callable[[Tensor], Any],
-    device: torch.device,
-    sizes: tuple[int, int] = (2**16, 2**26),
-    repeats: int = 9,
-    work: Callable[[], Any] | None = None,
+    transfer: Callable[[Tensor], Any], device: torch.device, sizes: tuple[int, int] = (2**16, 2**26), repeats: int = 9
 ) -> Link:
     """Measure a link; all ranks of the transfer call this together.
 
@@ -52,8 +47,6 @@ def measure_link(
         device: Where tensors are.
         sizes: Bytes of the two transfers.
         repeats: How often; medians count.
-        work: Computes for a millisecond or so on a GPU's current stream, such as a block of the model: what kernels
-            lose to NCCL's depends on their shapes. None multiplies large matrices, which lose most.
 
     Returns:
         As seen by this rank. ``slowdown`` and ``contention`` are 1 where there is no GPU.
@@ -66,9 +59,8 @@ def measure_link(
     latency = max(0.0, small - sizes[0] / bandwidth)
     if device.type != "cuda":
         return Link(latency, bandwidth)
-    work = work or _products(device)
     least, most = (
-        _beside(transfer, torch.zeros(size, dtype=torch.uint8, device=device), large, repeats, work) for size in sizes
+        _beside(transfer, torch.zeros(size, dtype=torch.uint8, device=device), large, repeats) for size in sizes
     )
     moved = max(most[0] - least[0], 1e-9)
     return Link(
@@ -122,20 +114,15 @@ def _alone(transfer: Callable[[Tensor], Any], tensor: Tensor, repeats: int) -> l
     return times
 
 
-def _products(device: torch.device) -> Callable[[], Any]:
-    factor = torch.randn(_SIDE, _SIDE, dtype=torch.bfloat16, device=device)
-    return partial(torch.mm, factor, factor, out=torch.empty_like(factor))
-
-
-def _beside(
-    transfer: Callable[[Tensor], Any], tensor: Tensor, seconds: float, repeats: int, work: Callable[[], Any]
-) -> tuple[float, float]:
-    """Seconds of a transfer beside computations, and how much longer these take for it."""
+def _beside(transfer: Callable[[Tensor], Any], tensor: Tensor, seconds: float, repeats: int) -> tuple[float, float]:
+    """Seconds of a transfer beside products, and how much longer these take for it."""
     device = tensor.device
+    factor = torch.randn(_SIDE, _SIDE, dtype=torch.bfloat16, device=device)
+    product = torch.empty_like(factor)
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def run(times: int, *, beside: bool) -> tuple[float, float]:
-        """Seconds of the transfer and of computations."""
+        """Seconds of the transfer and of products."""
         begun, ended = _events()
         first, last = _events()
         _together(device)
@@ -148,13 +135,13 @@ def _beside(
         with torch.cuda.stream(stream):
             begun.record()
             for _ in range(times):
-                work()
+                torch.mm(factor, factor, out=product)
             ended.record()
         return _seconds(first, last), _seconds(begun, ended)
 
     run(3, beside=False)
     # Long enough for a transfer that is three times as slow, and not so long that the loss is lost in their noise.
-    count = 2 + int(3 * seconds / (run(10, beside=False)[1] / 10))
+    count = 10 + int(3 * seconds / (run(10, beside=False)[1] / 10))
     alone = [run(count, beside=False)[1] for _ in range(repeats)]
     moved, products = zip(*(run(count, beside=True) for _ in range(repeats)), strict=True)
     return statistics.median(moved), statistics.median(products) - statistics.median(alone)
