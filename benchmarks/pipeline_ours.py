@@ -7,6 +7,7 @@ links; every rank then has the same costs, makes the same plans, and simulates w
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -209,6 +210,7 @@ def run_planned(bench: Bench, micro_batches: int, *, limited: bool) -> Measured:
 
 
 def _run(bench: Bench, schedule: Schedule, cuts: list[tuple[int, int]], name: str) -> Measured:
+    gc.collect()  # of what cases before have left, or the profile
     held, data = bench.memory()[0], bench.world // schedule.ranks
     predicted = expected = None
     if bench.costs is not None:
