@@ -8,6 +8,7 @@ Works on torch 2.11 and 2.13. What each part is for:
 * ``StageBase`` is ``PipelineStage`` without its first-step metadata exchange, which runs the user's loss on
   uninitialised tensors (2.13) and allocates one receive buffer a micro-batch for ever (both), and with leaner passes.
 * ``reduce_gradients`` is FSDP's post-backward, for once a unit: torch's own action also reshards the stage's weights.
+* ``OneGroup`` runs a sharded stage without FSDP's hooks.
 * ``gather_stage`` gathers a stage outside of a schedule, also before its first forward pass.
 * ``UnshardedGradBuffers`` gives deferred weight gradients the place where FSDP sums unsharded gradients.
 * ``saving_is_hooked`` says whether a checkpoint, or offloading, handles what autograd saves.
@@ -333,7 +334,7 @@ class OneGroup:
     """A stage that is one FSDP group, run without FSDP's hooks.
 
     Gathers, releases and reductions are tasks of the schedule, so that all the hooks do for a micro-batch is to find
-    nothing to do; on a slow host that took 0.5 ms a forward pass, and about as much a backward pass (docs/pipeline.md).
+    nothing to do, on the host's time (docs/pipeline.md).
 
     Args:
         root: The stage, gathered when it runs.
