@@ -155,8 +155,10 @@ def folders(tmp_path_factory):
     answer = tokenizer(['so it be" and'] * 2, return_tensors="pt").input_ids
     asked = tokenizer(["Is it good?", 'so it be" and'], return_tensors="pt", padding=True).input_ids
     optimizer = torch.optim.AdamW(seq2seq.parameters(), 5e-3)
-    for _ in range(200):
+    for _ in range(1000):
         loss = seq2seq(input_ids=asked, labels=answer).loss
+        if loss < 0.05:  # after some 200 steps; how many depends on the machine's rounding
+            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
