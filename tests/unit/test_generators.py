@@ -149,16 +149,15 @@ def folders(tmp_path_factory):
     causal = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**marks, bos_token_id=1, n_positions=256, n_embd=16, n_layer=1, n_head=2)
     )
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    # With a width of 32 it depends on the machine's rounding whether two places of the answer are told apart.
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
     seq2seq = transformers.T5ForConditionalGeneration(transformers.T5Config(**marks, **sizes, decoder_start_token_id=0))
     tokenizer = transformers.ByT5Tokenizer()
     answer = tokenizer(['so it be" and'] * 2, return_tensors="pt").input_ids
     asked = tokenizer(["Is it good?", 'so it be" and'], return_tensors="pt", padding=True).input_ids
     optimizer = torch.optim.AdamW(seq2seq.parameters(), 5e-3)
-    for _ in range(1000):
+    for _ in range(200):
         loss = seq2seq(input_ids=asked, labels=answer).loss
-        if loss < 0.05:  # after some 200 steps; how many depends on the machine's rounding
-            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
