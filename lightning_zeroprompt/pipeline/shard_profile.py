@@ -6,8 +6,8 @@ Both walk over the stage's tensors in Python. Stages of one small tensor and of 
 of a tensor; what packing one large tensor takes on the computing stream gives the seconds a byte that is copied.
 
 Alternatives: a recorded step has the copies in its waits and the host in its gaps, where nothing tells them apart from
-a slow link or a slow block. Without these times the simulator took a step of FSDP on two ranks for 12 to 45 % shorter
-than it was (docs/pipeline.md).
+a slow link or a slow block. Without these times the simulator took a step of FSDP on two ranks for 17 to 26 % shorter
+than it was (benchmarks/RESULTS.md).
 
 Cost: some 40 gathers and reductions, a few tens of milliseconds.
 """
