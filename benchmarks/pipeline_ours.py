@@ -11,7 +11,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from lightning_zeroprompt.pipeline.catalogue import build_schedule, is_listed
 from lightning_zeroprompt.pipeline.chain import Chain
-from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link, costs_of_ranks
+from lightning_zeroprompt.pipeline.costs import BlockCosts, Costs, Link, Transport, costs_of_ranks
 from lightning_zeroprompt.pipeline.executor import MicroBatch
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.host_profile import measure_host_action
 from lightning_zeroprompt.pipeline.link_profile import measure_link, slowest_link
 from lightning_zeroprompt.pipeline.meters import DeviceMeter
 from lightning_zeroprompt.pipeline.orders import TYPICAL_COSTS
+from lightning_zeroprompt.pipeline.peer_copy import PeerCopies
 from lightning_zeroprompt.pipeline.pipeline import Pipeline, cut_chain
 from lightning_zeroprompt.pipeline.planner import plan
 from lightning_zeroprompt.pipeline.profiler import profile_chain
@@ -75,8 +76,6 @@ def costs_of(bench: Bench, build: Callable[[], tuple[Chain, Callable[[], Any]]] 
     """
     if bench.args.costs is not None:
         return Costs.load(bench.args.costs)
-    message, transport = _message_link(bench)
-    gather, reduce = _collective_links(bench)
     chain, step = (build or partial(_gpt, bench))()
     # All at once, as in a step: ranks share a host's memory and its driver.
     bench.synchronize()
@@ -84,9 +83,9 @@ def costs_of(bench: Bench, build: Callable[[], tuple[Chain, Callable[[], Any]]] 
         chain,
         step,
         DeviceMeter(bench.device, repeats=10 if bench.cuda else 2),
-        message=message,
-        gather=gather,
-        reduce=reduce,
+        message=partial(_message_link, bench),
+        gather=partial(_collective_link, bench, "gather"),
+        reduce=partial(_collective_link, bench, "reduce"),
         host_action=measure_host_action(bench.device, bench.groups(1).pipeline),
     )
     width = bench.dtype.itemsize
@@ -94,7 +93,10 @@ def costs_of(bench: Bench, build: Callable[[], tuple[Chain, Callable[[], Any]]] 
     def still(block: BlockCosts) -> BlockCosts:
         return replace(block, state=block.state - _MOMENTS * block.parameters // width, optimizer=0.0)
 
-    costs = replace(costs, blocks=tuple(map(still, costs.blocks)), transport=transport, model="")
+    transport: Transport = "nccl" if bench.world > 1 and _peers(bench) is None else "copy_engine"
+    gather, reduce = _with_sharding(bench, costs.gather, costs.reduce)
+    costs = replace(costs, blocks=tuple(map(still, costs.blocks)), gather=gather, reduce=reduce, transport=transport)
+    costs = replace(costs, model="")
     costs = costs_of_ranks([Costs.from_json(text) for text in bench.gather(costs.to_json())])
     if bench.rank == 0 and bench.args.save_costs is not None:
         costs.save(bench.args.save_costs)
@@ -107,12 +109,16 @@ def _gpt(bench: Bench) -> tuple[Chain, Callable[[], Tensor]]:
     return bench.chain(model), lambda: loss_of(model(tokens), tokens)
 
 
-def _message_link(bench: Bench) -> tuple[Link, Any]:
+def _peers(bench: Bench) -> PeerCopies | None:
+    """What messages travel by; None is NCCL."""
+    return None if bench.args.nccl else bench.groups(bench.world).peer_copies(bench.device)
+
+
+def _message_link(bench: Bench, work: Callable[[], None]) -> Link:
     """From rank 0 to rank 1, as the executor sends; the others look on."""
     if bench.world == 1:
-        return Link(0.0, 1e12), "copy_engine"
-    groups = bench.groups(bench.world)
-    peers = None if bench.args.nccl else groups.peer_copies(bench.device)
+        return Link(0.0, 1e12)
+    group, peers = bench.groups(bench.world).pipeline, _peers(bench)
 
     def transfer(tensor: Tensor) -> None:
         if bench.rank > 1:
@@ -121,40 +127,41 @@ def _message_link(bench: Bench) -> tuple[Link, Any]:
         if peers is not None:
             (peers.send if bench.rank == 0 else peers.receive)(tensor, other).wait()
         elif bench.rank == 0:
-            dist.send(tensor, other, group=groups.pipeline)
+            dist.send(tensor, other, group=group)
         else:
-            dist.recv(tensor, other, group=groups.pipeline)
+            dist.recv(tensor, other, group=group)
 
-    link = slowest_link(bench.gather(measure_link(transfer, bench.device))[:2])
-    return link, "copy_engine" if peers is not None else "nccl"
+    return slowest_link(bench.gather(measure_link(transfer, bench.device, work=work))[:2])
 
 
-def _collective_links(bench: Bench) -> tuple[Link, Link]:
-    """Of gathers and reductions over all ranks; a tensor is what each rank receives."""
+def _collective_link(bench: Bench, kind: Literal["gather", "reduce"], work: Callable[[], None]) -> Link:
+    """Of gathers or reductions over all ranks; a tensor is what each rank receives."""
     if bench.world == 1:
-        return Link(0.0, 1e12), Link(0.0, 1e12)
+        return Link(0.0, 1e12)
     group = bench.groups(1).data_mesh.get_group()
     buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def transfer(tensor: Tensor) -> None:
         size = tensor.numel() // (bench.world - 1)
         if size not in buffers:
             whole = torch.zeros(size * bench.world, dtype=torch.uint8, device=bench.device)
             buffers[size] = whole.view(bench.dtype), whole[:size].clone().view(bench.dtype)
-        return buffers[size]
-
-    def gather(tensor: Tensor) -> None:
-        whole, shard = parts(tensor)
-        dist.all_gather_into_tensor(whole, shard, group=group)
-
-    def reduce(tensor: Tensor) -> None:
-        whole, shard = parts(tensor)
-        dist.reduce_scatter_tensor(shard, whole, group=group)
+        whole, shard = buffers[size]
+        if kind == "gather":
+            dist.all_gather_into_tensor(whole, shard, group=group)
+        else:
+            dist.reduce_scatter_tensor(shard, whole, group=group)
 
     sizes = (2**16 * (bench.world - 1), 2**27 * (bench.world - 1) if bench.cuda else 2**20 * (bench.world - 1))
-    found = measure_link(gather, bench.device, sizes), measure_link(reduce, bench.device, sizes)
+    return slowest_link(bench.gather(measure_link(transfer, bench.device, sizes, work=work)))
+
+
+def _with_sharding(bench: Bench, gather: Link, reduce: Link) -> tuple[Link, Link]:
+    """The same with what FSDP takes around collectives."""
+    if bench.world == 1 or not bench.cuda:
+        return gather, reduce
     mesh = bench.groups(1).data_mesh
-    everyone = bench.gather(measure_sharding(*found, bench.device, mesh, bench.dtype) if bench.cuda else found)
+    everyone = bench.gather(measure_sharding(gather, reduce, bench.device, mesh, bench.dtype))
     return slowest_link([link for link, _ in everyone]), slowest_link([link for _, link in everyone])
 
 

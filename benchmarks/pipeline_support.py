@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import math
 import os
 import time
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from lightning_zeroprompt.pipeline.chain import Chain
 from lightning_zeroprompt.pipeline.costs import Costs
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.layout import Layout, ProcessGroups
-from lightning_zeroprompt.pipeline.meters import keep_working
 
 __all__ = ["Bench", "Clock", "Gpt", "Measured", "Step", "loss_of"]
 
@@ -201,7 +201,7 @@ class Bench:
     def heat(self) -> None:
         """Bring a GPU to the clocks that it has after seconds of training, which are lower than its first ones."""
         if self.cuda:
-            keep_working(self.device, self.args.heat_s)
+            _keep_working(self.device, self.args.heat_s)
             self.synchronize()
 
     def reset_peak(self) -> None:
@@ -226,6 +226,25 @@ class Bench:
             clock.stop()
         gc.unfreeze()
         return clock.measured(None if loss is None else float(loss))
+
+
+def _keep_working(device: torch.device, seconds: float) -> None:
+    """Let a GPU multiply matrices for about so long, while the host goes on: its clocks stay where work puts them.
+
+    Args:
+        device: A GPU.
+        seconds: At least.
+    """
+    factor = torch.randn(4096, 4096, dtype=torch.float16, device=device)
+    product = torch.empty_like(factor)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.mm(factor, factor, out=product)
+    first.record()
+    torch.mm(factor, factor, out=product)
+    last.record()
+    last.synchronize()
+    for _ in range(math.ceil(1e3 * seconds / max(1e-2, first.elapsed_time(last)))):
+        torch.mm(factor, factor, out=product)
 
 
 class Clock:

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long messages and collectives take on a machine, alone and beside computations.
 
-Transfers of two sizes give latency and bandwidth. On a GPU they are then run beside matrix products on a stream of
-their own, which last longer: how many times as long the larger one takes now is its ``slowdown``, and how many times as
-long products take while it runs its ``contention``. Differences between the two sizes count, since ranks and hosts are
-never quite together. Copy engines leave products alone; NCCL's kernels take multiprocessors from them.
+Transfers of two sizes give latency and bandwidth. On a GPU they then run beside rounds of the model's own computations,
+which the host launches ahead: how many times as long a transfer takes now is the link's ``slowdown``, and how many
+times as long computations take while it runs its ``contention``. Copy engines leave computations alone; NCCL's kernels
+take multiprocessors from them.
 
 Alternatives: a collective's own benchmark (nccl-tests) knows nothing of computations; fitting all four numbers to
-recorded steps mixes them with the schedule's waits.
+recorded steps mixes them with the schedule's waits. What computations lose depends on how many waves of tiles their
+kernels are: products of 4096 x 4096 lost 1.64 x to transfers beside which layers of a model lost 1.2 x
+(benchmarks/RESULTS.md). One transfer beside one layer is over within a slow host's gaps between launches.
 
-Cost: some 30 transfers, a few tens of milliseconds.
+Cost: some 20 transfers alone, and 32 rounds of computations, half of them beside transfers.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,29 +31,35 @@ from torch import Tensor
 from lightning_zeroprompt.pipeline.costs import Link
 from lightning_zeroprompt.pipeline.torch_compat import keep_busy
 
-__all__ = ["measure_link", "slowest_link"]
+__all__ = ["contention", "measure_link", "slowest_link"]
 
-_SIDE = 4096
-"""Rows and columns of the matrices multiplied beside transfers."""
 _LAUNCH = 2e-3
 """Seconds that a GPU is kept busy, in which its host launches what is timed."""
-_MOST = 0.9
-"""Of its time that a computation can lose to a transfer: more than that is noise."""
+_ROUNDS, _AHEAD = 16, 4
+"""Of computations beside which transfers are timed; and those that a host launches ahead of its GPU."""
+_PER_ROUND = 8
+"""Transfers that are launched with a round at most, so that the host keeps ahead."""
 
 
 def measure_link(
-    transfer: Callable[[Tensor], Any], device: torch.device, sizes: tuple[int, int] = (2**16, 2**26), repeats: int = 9
+    transfer: Callable[[Tensor], Any],
+    device: torch.device,
+    sizes: tuple[int, int] = (2**16, 2**26),
+    repeats: int = 9,
+    work: Callable[[], Any] | None = None,
 ) -> Link:
-    """Measure a link; all ranks of the transfer call this together.
+    """Measure a link; all ranks of the default group call this together.
 
     Args:
         transfer: Moves a tensor of bytes and, on a GPU, lets the current stream wait for it.
         device: Where tensors are.
         sizes: Bytes of the two transfers.
         repeats: How often; medians count.
+        work: Launches a round of computations, milliseconds long, that transfers are measured beside; None leaves that
+            out.
 
     Returns:
-        As seen by this rank. ``slowdown`` and ``contention`` are 1 where there is no GPU.
+        As seen by this rank. ``slowdown`` and ``contention`` are 1 where there is no GPU or no work.
     """
     small, large = (
         statistics.median(_alone(transfer, torch.zeros(size, dtype=torch.uint8, device=device), repeats))
@@ -57,18 +67,10 @@ def measure_link(
     )
     bandwidth = (sizes[1] - sizes[0]) / max(large - small, 1e-9)
     latency = max(0.0, small - sizes[0] / bandwidth)
-    if device.type != "cuda":
+    if device.type != "cuda" or work is None:
         return Link(latency, bandwidth)
-    least, most = (
-        _beside(transfer, torch.zeros(size, dtype=torch.uint8, device=device), large, repeats) for size in sizes
-    )
-    moved = max(most[0] - least[0], 1e-9)
-    return Link(
-        latency,
-        bandwidth,
-        slowdown=max(1.0, moved / max(large - small, 1e-9)),
-        contention=1 / (1 - min(max(0.0, most[1] - least[1]) / moved, _MOST)),
-    )
+    beside, lost = _beside(transfer, torch.zeros(sizes[1], dtype=torch.uint8, device=device), large, work)
+    return Link(latency, bandwidth, max(1.0, (beside - latency) / max(large - latency, 1e-9)), lost)
 
 
 def slowest_link(links: list[Link]) -> Link:
@@ -99,12 +101,10 @@ def _alone(transfer: Callable[[Tensor], Any], tensor: Tensor, repeats: int) -> l
     for run in range(repeats + 1):
         _together(tensor.device)
         if tensor.device.type == "cuda":
-            first, last = _events()
             keep_busy(_LAUNCH)
-            first.record()
+            first = _mark()
             transfer(tensor)
-            last.record()
-            times.append(_seconds(first, last))
+            times += _durations([first, _mark()])
         else:
             begin = time.perf_counter()
             transfer(tensor)
@@ -114,44 +114,89 @@ def _alone(transfer: Callable[[Tensor], Any], tensor: Tensor, repeats: int) -> l
     return times
 
 
-def _beside(transfer: Callable[[Tensor], Any], tensor: Tensor, seconds: float, repeats: int) -> tuple[float, float]:
-    """Seconds of a transfer beside products, and how much longer these take for it."""
+def _beside(
+    transfer: Callable[[Tensor], Any], tensor: Tensor, seconds: float, work: Callable[[], Any]
+) -> tuple[float, float]:
+    """Seconds of a transfer beside rounds of work, and how many times as long these take for it."""
     device = tensor.device
-    factor = torch.randn(_SIDE, _SIDE, dtype=torch.bfloat16, device=device)
-    product = torch.empty_like(factor)
+    _together(device)
+    alone, _ = _side_by_side(work, lambda: None, 0, device)
+    each = statistics.median(_durations(alone)[_AHEAD:])
+    share = _most(min(_PER_ROUND, math.ceil(each / seconds)), device)
+    _together(device)
+    marks, transfers = _side_by_side(work, lambda: transfer(tensor), share, device)
+    origin, last = marks[_AHEAD], marks[-1]
+    torch.cuda.synchronize(device)
+    moved = [(_between(origin, begin), _between(origin, end)) for begin, end in transfers]
+    window = _between(origin, last)
+    occupied = sum(max(0.0, min(end, window) - max(begin, 0.0)) for begin, end in moved)
+    return (
+        statistics.median(end - begin for begin, end in moved),
+        contention(each * (len(marks) - 1 - _AHEAD), window, occupied),
+    )
+
+
+def contention(alone: float, together: float, occupied: float) -> float:
+    """How many times as long work takes while transfers run, from work beside which they ran a part of the time.
+
+    Args:
+        alone: Seconds of the work without transfers.
+        together: Of the same work with transfers.
+        occupied: Seconds of these in which transfers ran.
+
+    Returns:
+        At least 1, and at most 10: more than that is noise.
+
+    >>> contention(alone=2.0, together=2.5, occupied=1.5)
+    1.5
+    """
+    progress = alone - (together - occupied)
+    return max(1.0, occupied / max(progress, 0.1 * occupied, 1e-9))
+
+
+def _side_by_side(
+    work: Callable[[], Any], transfer: Callable[[], Any], share: int, device: torch.device
+) -> tuple[list[torch.cuda.Event], list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
+    """Launch rounds of work, and so many transfers with each on another stream.
+
+    Returns:
+        Marks around rounds, and around transfers.
+    """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def run(times: int, *, beside: bool) -> tuple[float, float]:
-        """Seconds of the transfer and of products."""
-        begun, ended = _events()
-        first, last = _events()
-        _together(device)
-        keep_busy(_LAUNCH)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        first.record()
-        if beside:
-            transfer(tensor)
-        last.record()
+    marks, transfers = [_mark()], []
+    for count in range(_ROUNDS):
+        if count > _AHEAD:
+            marks[-_AHEAD].synchronize()
         with torch.cuda.stream(stream):
-            begun.record()
-            for _ in range(times):
-                torch.mm(factor, factor, out=product)
-            ended.record()
-        return _seconds(first, last), _seconds(begun, ended)
-
-    run(3, beside=False)
-    # Long enough for a transfer that is three times as slow, and not so long that the loss is lost in their noise.
-    count = 10 + int(3 * seconds / (run(10, beside=False)[1] / 10))
-    alone = [run(count, beside=False)[1] for _ in range(repeats)]
-    moved, products = zip(*(run(count, beside=True) for _ in range(repeats)), strict=True)
-    return statistics.median(moved), statistics.median(products) - statistics.median(alone)
+            for _ in range(share):
+                begin = _mark()
+                transfer()
+                transfers.append((begin, _mark()))
+        work()
+        marks.append(_mark())
+    return marks, transfers
 
 
-def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    return first, last
+def _most(count: int, device: torch.device) -> int:
+    """Of all ranks' numbers."""
+    if not dist.is_initialized():
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
-def _seconds(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
-    last.synchronize()
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _between(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+    """Seconds, negative where the last came first; both have been reached."""
     return float(first.elapsed_time(last)) / 1e3
+
+
+def _durations(marks: Sequence[torch.cuda.Event]) -> list[float]:
+    marks[-1].synchronize()
+    return [_between(first, last) for first, last in pairwise(marks)]

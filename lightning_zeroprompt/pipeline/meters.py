@@ -2,19 +2,22 @@
 """How long parts of a block's run take: measured on a device, or estimated from counted operations.
 
 * :class:`DeviceMeter` times: on a GPU by events, with the GPU kept busy while the host launches, and how long launching
-  took by the host's clock; medians of a few repeats. Memory on a GPU is the allocator's.
+  took by the host's clock; medians of a few repeats. Memory on a GPU is the allocator's. Alone, work meets a GPU at
+  rest; how fast it is at work is seen behind a second of the same work: matrix products in its place draw more power
+  than most models, and took clocks 16 % lower than a T5's own kernels did (benchmarks/RESULTS.md).
 * :class:`FlopMeter` counts operations with ``torch.utils.flop_counter``, on the meta device too, and divides by a rate:
   a model that does not fit, on a machine that one does not have.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -24,14 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy
 
-__all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase", "keep_working"]
+__all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase"]
 
 _LONGEST_BUSY = 0.1
 """Seconds that a GPU is kept waiting for its host's launches at most."""
 _ROUNDS = 6
 """That are measured under load; the median counts."""
-_WIDTH = 4096
-"""Of the matrices that keep a GPU at work."""
+_LATE = 0.9
+"""Of a round, which the host takes to launch it: with more the device may have waited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,28 +126,28 @@ class DeviceMeter:
         """See :class:`Meter`."""
         if not self._cuda or self._load <= 0:
             return None
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * _ROUNDS)]  # type: ignore[no-untyped-call]
-        begin, rounds = time.perf_counter(), 0
-        while time.perf_counter() - begin < self._load:
-            for phase in phases:
-                phase()
-            rounds += 1
-            if rounds % 8 == 0:
+        marks: deque[torch.cuda.Event] = deque(maxlen=_ROUNDS + 1)
+        torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        host = 0.0
+        while len(marks) <= _ROUNDS or time.perf_counter() - begin < self._load:
+            if len(marks) > _ROUNDS:
                 # Launches run ahead of the device by so many rounds at most.
-                marks[rounds // 8 % 2].synchronize()
-                marks[rounds // 8 % 2].record()
-        torch.cuda.synchronize(self.device)
-        wall = (time.perf_counter() - begin) / rounds
-        for first, last in zip(marks[::2], marks[1::2], strict=True):
-            # Other work while the host launches a round: a device that waited for its host would be measured with that.
-            keep_working(self.device, 1.2 * wall)
-            first.record()
-            for phase in phases:
-                phase()
-            last.record()
-        torch.cuda.synchronize(self.device)
-        rounds_ms = [float(a.elapsed_time(b)) for a, b in zip(marks[::2], marks[1::2], strict=True)]
-        return statistics.median(rounds_ms) / 1e3
+                marks[0].synchronize()
+            marks.append(_mark())
+            _run(phases)
+            host = host or time.perf_counter() - begin
+        rounds = _durations([*marks, _mark()])
+        if host > _LATE * statistics.median(rounds):
+            # The device waited for its host: it is kept busy while two rounds are launched, of which the second counts.
+            rounds = []
+            for _ in range(_ROUNDS):
+                keep_busy(min(2.4 * host, _LONGEST_BUSY))
+                _run(phases)
+                first = _mark()
+                _run(phases)
+                rounds += _durations([first, _mark()])
+        return statistics.median(rounds)
 
     def context(self) -> AbstractContextManager[Any]:
         """Nothing special."""
@@ -171,23 +174,21 @@ class DeviceMeter:
         return first.elapsed_time(last) / 1e3, host, max(0, torch.cuda.max_memory_allocated(self.device) - after)
 
 
-def keep_working(device: torch.device, seconds: float) -> None:
-    """Let a GPU multiply matrices for about so long, while the host goes on: its clocks stay where work puts them.
+def _run(phases: Sequence[Callable[[], Any]]) -> None:
+    for phase in phases:
+        phase()
 
-    Args:
-        device: A GPU.
-        seconds: At least.
-    """
-    factor = torch.randn(_WIDTH, _WIDTH, dtype=torch.float16, device=device)
-    product = torch.empty_like(factor)
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.mm(factor, factor, out=product)
-    first.record()
-    torch.mm(factor, factor, out=product)
-    last.record()
-    last.synchronize()
-    for _ in range(math.ceil(1e3 * seconds / max(1e-2, first.elapsed_time(last)))):
-        torch.mm(factor, factor, out=product)
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _durations(marks: Sequence[torch.cuda.Event]) -> list[float]:
+    """Seconds between marks, once the last has been reached."""
+    marks[-1].synchronize()
+    return [float(first.elapsed_time(last)) / 1e3 for first, last in pairwise(marks)]
 
 
 class FlopMeter:

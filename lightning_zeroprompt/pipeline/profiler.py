@@ -8,7 +8,7 @@ is run again with its output, for the time of what lies behind.
 
 What measures or estimates is a meter (see ``meters.py``). What is held from F to B, and from B to W, is the sum over
 distinct storages that autograd and the deferred Linears keep. Lone blocks meet a GPU at rest; in the end all run one
-after another for a second, and times grow by as much as that takes longer.
+after another for a second, and times grow by as much as that takes longer. Links can be measured beside the same work.
 
 Alternatives: timing whole stages needs a cut, and each cut its own measurement; the sum over blocks was within the
 noise of a stage's time there. PyTorch's profiler sees kernels, not what a host needs to launch them.
@@ -35,7 +35,10 @@ from lightning_zeroprompt.pipeline.meters import DeviceMeter, Meter, Phase
 from lightning_zeroprompt.pipeline.torch_compat import storage_key
 from lightning_zeroprompt.pipeline.weight_grad import WeightGradStore, defer_linears, restore_linears
 
-__all__ = ["machine_name", "model_fingerprint", "profile_chain"]
+__all__ = ["LinkMeter", "machine_name", "model_fingerprint", "profile_chain"]
+
+LinkMeter = Callable[[Callable[[], None]], Link]
+"""Measures a link beside the work that it is given, a function that launches F, B and W of all distinct blocks."""
 
 _STAGE = 4
 """Blocks in a row that show what a stage makes once, such as a mask or a bias."""
@@ -48,9 +51,9 @@ def profile_chain(
     step: Callable[[], Any],
     meter: Meter,
     *,
-    message: Link,
-    gather: Link | None = None,
-    reduce: Link | None = None,
+    message: Link | LinkMeter,
+    gather: Link | LinkMeter | None = None,
+    reduce: Link | LinkMeter | None = None,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     host_action: float = 0.0,
     reduce_dtype: torch.dtype | None = None,
@@ -62,7 +65,7 @@ def profile_chain(
         step: Runs user code on one micro-batch, as ``Chain.capture`` and ``replay`` call it; it returns a loss, or a
             mapping with one.
         meter: Measures, or estimates.
-        message: Between neighbouring ranks; see :mod:`link_profile`.
+        message: Between neighbouring ranks, or what measures that; see :mod:`link_profile`.
         gather: Of gathers of weights; None is ``message``.
         reduce: Of reductions of gradients; None is ``gather``.
         context: What forward passes run in, such as autocast.
@@ -84,14 +87,17 @@ def profile_chain(
                 blocks.append(costs)
             behind = profile.behind(step, stream)
             slower = profile.slower_under_load()
+            messages = profile.link(message)
+            gathers = messages if gather is None else profile.link(gather)
+            reductions = gathers if reduce is None else profile.link(reduce)
+            profile.forget_gradients()
     finally:
         restore_linears(chain.root)
-    gather = message if gather is None else gather
     return Costs(
         blocks=tuple(_slowed(block, slower) for block in blocks),
-        message=message,
-        gather=gather,
-        reduce=gather if reduce is None else reduce,
+        message=messages,
+        gather=gathers,
+        reduce=reductions,
         before=_slowed(before, slower),
         behind=_slowed(behind, slower),
         host_action=host_action,
@@ -181,7 +187,7 @@ class _Profile:
         costs = self._costs(self._outside_before, phases, BlockCosts())
         calls = made[0]
         calls.args = tree_map_only(Tensor, _input, calls.args)
-        self._forget_gradients()
+        self.forget_gradients()
         return calls, costs
 
     def block(self, index: int, stream: Any, calls: Calls) -> tuple[BlockCosts, Any]:
@@ -211,7 +217,7 @@ class _Profile:
 
         phases = self._meter.measure([forward, backward], 0)
         sizes = BlockCosts(activations=self._activations(forward))
-        self._forget_gradients()
+        self.forget_gradients()
         return self._costs(self._outside_behind, phases, sizes)
 
     # -- measuring ------------------------------------------------------------------------------------------------
@@ -250,16 +256,30 @@ class _Profile:
             weight_inputs=waiting,
             output=_bytes(one.outputs[0]),
         )
-        self._forget_gradients()
+        self.forget_gradients()
         self._rows.append((row, times * sum(phase.seconds for phase in split)))
         return self._costs([self._chain.blocks[index]], split, sizes)
 
     def slower_under_load(self) -> float:
         """How many times as long all distinct blocks take when the device has been at work for a while."""
-        phases = [phase for row, _ in self._rows for phase in (row.forward, row.backward, row.weight)]
-        seconds = self._meter.under_load(phases)
-        self._forget_gradients()
+        seconds = self._meter.under_load(self._phases_of_rows())
+        self.forget_gradients()
         return 1.0 if seconds is None else max(1.0, seconds / sum(expected for _, expected in self._rows))
+
+    def link(self, link: Link | LinkMeter) -> Link:
+        """A link as it is given, or measured beside all distinct blocks."""
+        if isinstance(link, Link):
+            return link
+        phases = self._phases_of_rows()
+
+        def work() -> None:
+            for phase in phases:
+                phase()
+
+        return link(work)
+
+    def _phases_of_rows(self) -> list[Callable[[], None]]:
+        return [phase for row, _ in self._rows for phase in (row.forward, row.backward, row.weight)]
 
     def _phases(self, index: int, inputs: tuple[Any, ...], calls: Calls, times: int) -> _Phases:
         return _Phases(lambda: self._chain.run_row([index] * times, inputs, calls), self._context)
@@ -300,7 +320,8 @@ class _Profile:
             workspace=max(phase.workspace for phase in phases),
         )
 
-    def _forget_gradients(self) -> None:
+    def forget_gradients(self) -> None:
+        """So that they take no memory."""
         for parameter in self._chain.root.parameters():
             parameter.grad = None
 
