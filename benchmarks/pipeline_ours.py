@@ -8,7 +8,7 @@ links; every rank then has the same costs, makes the same plans, and simulates w
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -114,7 +114,7 @@ def _peers(bench: Bench) -> PeerCopies | None:
     return None if bench.args.nccl else bench.groups(bench.world).peer_copies(bench.device)
 
 
-def _message_link(bench: Bench, work: Callable[[], None]) -> Link:
+def _message_link(bench: Bench, work: Sequence[Callable[[], Any]]) -> Link:
     """From rank 0 to rank 1, as the executor sends; the others look on."""
     if bench.world == 1:
         return Link(0.0, 1e12)
@@ -134,7 +134,7 @@ def _message_link(bench: Bench, work: Callable[[], None]) -> Link:
     return slowest_link(bench.gather(measure_link(transfer, bench.device, work=work))[:2])
 
 
-def _collective_link(bench: Bench, kind: Literal["gather", "reduce"], work: Callable[[], None]) -> Link:
+def _collective_link(bench: Bench, kind: Literal["gather", "reduce"], work: Sequence[Callable[[], Any]]) -> Link:
     """Of gathers or reductions over all ranks; a tensor is what each rank receives."""
     if bench.world == 1:
         return Link(0.0, 1e12)

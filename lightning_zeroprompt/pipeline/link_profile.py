@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long messages and collectives take on a machine, alone and beside computations.
 
-Transfers of two sizes give latency and bandwidth. On a GPU they then run beside rounds of the model's own computations,
-which the host launches ahead: how many times as long a transfer takes now is the link's ``slowdown``, and how many
+Transfers of two sizes give latency and bandwidth. On a GPU they then run beside the model's own computations, which
+the host launches ahead: how many times as long a transfer takes now is the link's ``slowdown``, and how many
 times as long computations take while it runs its ``contention``. Copy engines leave computations alone; NCCL's kernels
 take multiprocessors from them.
 
@@ -11,7 +11,7 @@ recorded steps mixes them with the schedule's waits. What computations lose depe
 kernels are: products of 4096 x 4096 lost 1.64 x to transfers beside which layers of a model lost 1.2 x
 (benchmarks/RESULTS.md). One transfer beside one layer is over within a slow host's gaps between launches.
 
-Cost: some 20 transfers alone, and 32 rounds of computations, half of them beside transfers.
+Cost: some 20 transfers alone, and 24 rounds of computations, half of them beside transfers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,16 +28,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_zeroprompt.pipeline.costs import Link
+from lightning_zeroprompt.pipeline.run_ahead import mark, medians, run_ahead, seconds_between
 from lightning_zeroprompt.pipeline.torch_compat import keep_busy
 
 __all__ = ["contention", "measure_link", "slowest_link"]
 
 _LAUNCH = 2e-3
 """Seconds that a GPU is kept busy, in which its host launches what is timed."""
-_ROUNDS, _AHEAD = 16, 4
-"""Of computations beside which transfers are timed; and those that a host launches ahead of its GPU."""
-_PER_ROUND = 8
-"""Transfers that are launched with a round at most, so that the host keeps ahead."""
+_ROUNDS = 12
+"""Of computations alone, and beside transfers."""
+_WITH_EACH = 4
+"""Transfers that are launched with a computation at most, so that the host keeps ahead."""
 
 
 def measure_link(
@@ -46,7 +46,7 @@ def measure_link(
     device: torch.device,
     sizes: tuple[int, int] = (2**16, 2**26),
     repeats: int = 9,
-    work: Callable[[], Any] | None = None,
+    work: Sequence[Callable[[], Any]] = (),
 ) -> Link:
     """Measure a link; all ranks of the default group call this together.
 
@@ -55,8 +55,8 @@ def measure_link(
         device: Where tensors are.
         sizes: Bytes of the two transfers.
         repeats: How often; medians count.
-        work: Launches a round of computations, milliseconds long, that transfers are measured beside; None leaves that
-            out.
+        work: Each launches computations that transfers are measured beside, about a millisecond long; as many on every
+            rank. Without any that is left out.
 
     Returns:
         As seen by this rank. ``slowdown`` and ``contention`` are 1 where there is no GPU or no work.
@@ -67,7 +67,7 @@ def measure_link(
     )
     bandwidth = (sizes[1] - sizes[0]) / max(large - small, 1e-9)
     latency = max(0.0, small - sizes[0] / bandwidth)
-    if device.type != "cuda" or work is None:
+    if device.type != "cuda" or not work:
         return Link(latency, bandwidth)
     beside, lost = _beside(transfer, torch.zeros(sizes[1], dtype=torch.uint8, device=device), large, work)
     return Link(latency, bandwidth, max(1.0, (beside - latency) / max(large - latency, 1e-9)), lost)
@@ -102,38 +102,53 @@ def _alone(transfer: Callable[[Tensor], Any], tensor: Tensor, repeats: int) -> l
         _together(tensor.device)
         if tensor.device.type == "cuda":
             keep_busy(_LAUNCH)
-            first = _mark()
+            begin = mark()
             transfer(tensor)
-            times += _durations([first, _mark()])
+            end = mark()
+            end.synchronize()
+            times.append(seconds_between(begin, end))
         else:
-            begin = time.perf_counter()
+            launching = time.perf_counter()
             transfer(tensor)
-            times.append(time.perf_counter() - begin)
+            times.append(time.perf_counter() - launching)
         if not run:
             times.clear()
     return times
 
 
 def _beside(
-    transfer: Callable[[Tensor], Any], tensor: Tensor, seconds: float, work: Callable[[], Any]
+    transfer: Callable[[Tensor], Any], tensor: Tensor, seconds: float, work: Sequence[Callable[[], Any]]
 ) -> tuple[float, float]:
-    """Seconds of a transfer beside rounds of work, and how many times as long these take for it."""
+    """Seconds of a transfer beside work, and how many times as long that takes for it."""
     device = tensor.device
     _together(device)
-    alone, _ = _side_by_side(work, lambda: None, 0, device)
-    each = statistics.median(_durations(alone)[_AHEAD:])
-    share = _most(min(_PER_ROUND, math.ceil(each / seconds)), device)
+    alone = medians(run_ahead(work, device, rounds=_ROUNDS), len(work))
+    known = [each for each in alone if each is not None]
+    share = _most(min(_WITH_EACH, math.ceil(statistics.median(known) / seconds)) if known else 1, device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    transfers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def launch() -> None:
+        # Transfers begin with the computation that they are launched with, however far ahead the host is.
+        stream.wait_event(mark())
+        with torch.cuda.stream(stream):
+            for _ in range(share):
+                begin = mark()
+                transfer(tensor)
+                transfers.append((begin, mark()))
+
     _together(device)
-    marks, transfers = _side_by_side(work, lambda: transfer(tensor), share, device)
-    origin, last = marks[_AHEAD], marks[-1]
-    torch.cuda.synchronize(device)
-    moved = [(_between(origin, begin), _between(origin, end)) for begin, end in transfers]
-    window = _between(origin, last)
-    occupied = sum(max(0.0, min(end, window) - max(begin, 0.0)) for begin, end in moved)
-    return (
-        statistics.median(end - begin for begin, end in moved),
-        contention(each * (len(marks) - 1 - _AHEAD), window, occupied),
-    )
+    spans = run_ahead(work, device, rounds=_ROUNDS, beside=launch)
+    origin = transfers[0][0]
+    moved = [(seconds_between(origin, begin), seconds_between(origin, end)) for begin, end in transfers]
+    rested = together = occupied = 0.0
+    for span in spans:
+        rest = alone[span.phase]
+        if rest is not None:
+            first, last = seconds_between(origin, span.begin), seconds_between(origin, span.end)
+            rested, together = rested + rest, together + last - first
+            occupied += sum(max(0.0, min(stop, last) - max(start, first)) for start, stop in moved)
+    return statistics.median(stop - start for start, stop in moved), contention(rested, together, occupied)
 
 
 def contention(alone: float, together: float, occupied: float) -> float:
@@ -154,29 +169,6 @@ def contention(alone: float, together: float, occupied: float) -> float:
     return max(1.0, occupied / max(progress, 0.1 * occupied, 1e-9))
 
 
-def _side_by_side(
-    work: Callable[[], Any], transfer: Callable[[], Any], share: int, device: torch.device
-) -> tuple[list[torch.cuda.Event], list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
-    """Launch rounds of work, and so many transfers with each on another stream.
-
-    Returns:
-        Marks around rounds, and around transfers.
-    """
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    marks, transfers = [_mark()], []
-    for count in range(_ROUNDS):
-        if count > _AHEAD:
-            marks[-_AHEAD].synchronize()
-        with torch.cuda.stream(stream):
-            for _ in range(share):
-                begin = _mark()
-                transfer()
-                transfers.append((begin, _mark()))
-        work()
-        marks.append(_mark())
-    return marks, transfers
-
-
 def _most(count: int, device: torch.device) -> int:
     """Of all ranks' numbers."""
     if not dist.is_initialized():
@@ -184,19 +176,3 @@ def _most(count: int, device: torch.device) -> int:
     most = torch.tensor(count, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(most)
-
-
-def _mark() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def _between(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
-    """Seconds, negative where the last came first; both have been reached."""
-    return float(first.elapsed_time(last)) / 1e3
-
-
-def _durations(marks: Sequence[torch.cuda.Event]) -> list[float]:
-    marks[-1].synchronize()
-    return [_between(first, last) for first, last in pairwise(marks)]

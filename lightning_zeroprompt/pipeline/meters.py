@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -25,16 +23,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_zeroprompt.pipeline.run_ahead import LONGEST_BUSY, mark, medians, reached, run_ahead, seconds_between
 from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy
 
 __all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase"]
 
-_LONGEST_BUSY = 0.1
-"""Seconds that a GPU is kept waiting for its host's launches at most."""
-_ROUNDS = 6
-"""That are measured under load; the median counts."""
-_LATE = 0.9
-"""Of a round, which the host takes to launch it: with more the device may have waited."""
+_SEEN = 5
+"""Runs whose hosts say how long the next one may need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +69,14 @@ class Meter(Protocol):
             moved: Bytes that a pass over the block reads or writes besides its operations' factors.
         """
 
-    def under_load(self, phases: Sequence[Callable[[], Any]]) -> float | None:
-        """Seconds of all phases, one after another, once the device has been busy for a while.
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[float | None] | None:
+        """Seconds of each phase, one after another, once the device has been busy for a while.
 
         Args:
             phases: As of :meth:`measure`.
 
         Returns:
-            None where that makes no difference.
+            None for a phase that could not be measured, and for all where that makes no difference.
         """
 
 
@@ -106,89 +101,62 @@ class DeviceMeter:
 
     def measure(self, phases: Sequence[Callable[[], Any]], moved: int) -> list[Phase]:
         """See :class:`Meter`."""
-        seconds: list[list[float]] = [[] for _ in phases]
-        hosts: list[list[float]] = [[] for _ in phases]
-        most, busy = [0] * len(phases), [1e-3] * len(phases)
-        for run in range(self._warmup + self._repeats):
+        every: list[list[_Run]] = [[] for _ in phases]
+        run = 0
+        while run < self._warmup + self._repeats or (run < 4 * self._repeats and not self._enough(every)):
             for index, phase in enumerate(phases):
-                device, host, memory = self._once(phase, busy[index])
-                busy[index] = min(2 * host, _LONGEST_BUSY)
-                if run >= self._warmup:
-                    seconds[index].append(device)
-                    hosts[index].append(host)
-                    most[index] = max(most[index], memory)
-        return [
-            Phase(statistics.median(own), statistics.median(host) if self._cuda else 0.0, memory)
-            for own, host, memory in zip(seconds, hosts, most, strict=True)
-        ]
+                busy = max((2 * seen.host for seen in every[index][-_SEEN:]), default=1e-3)
+                every[index].append(self._once(phase, min(busy, LONGEST_BUSY)))
+            run += 1
+        return [self._phase(runs[self._warmup :]) for runs in every]
 
-    def under_load(self, phases: Sequence[Callable[[], Any]]) -> float | None:
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[float | None] | None:
         """See :class:`Meter`."""
         if not self._cuda or self._load <= 0:
             return None
-        marks: deque[torch.cuda.Event] = deque(maxlen=_ROUNDS + 1)
-        torch.cuda.synchronize(self.device)
-        begin = time.perf_counter()
-        host = 0.0
-        while len(marks) <= _ROUNDS or time.perf_counter() - begin < self._load:
-            if len(marks) > _ROUNDS:
-                # Launches run ahead of the device by so many rounds at most.
-                marks[0].synchronize()
-            marks.append(_mark())
-            _run(phases)
-            host = host or time.perf_counter() - begin
-        rounds = _durations([*marks, _mark()])
-        if host > _LATE * statistics.median(rounds):
-            # The device waited for its host: it is kept busy while two rounds are launched, of which the second counts.
-            rounds = []
-            for _ in range(_ROUNDS):
-                keep_busy(min(2.4 * host, _LONGEST_BUSY))
-                _run(phases)
-                first = _mark()
-                _run(phases)
-                rounds += _durations([first, _mark()])
-        return statistics.median(rounds)
+        return medians(run_ahead(phases, self.device, seconds=self._load), len(phases))
 
     def context(self) -> AbstractContextManager[Any]:
         """Nothing special."""
         return nullcontext()
 
-    def _once(self, phase: Callable[[], Any], busy: float) -> tuple[float, float, int]:
+    def _enough(self, every: Sequence[Sequence[_Run]]) -> bool:
+        return all(sum(run.ahead for run in runs[self._warmup :]) >= self._repeats for runs in every)
+
+    def _phase(self, runs: Sequence[_Run]) -> Phase:
+        """Medians, of runs without gaps where there are some."""
+        ahead = [run.seconds for run in runs if run.ahead] or [run.seconds for run in runs]
+        host = statistics.median(run.host for run in runs) if self._cuda else 0.0
+        return Phase(statistics.median(ahead), host, max(run.workspace for run in runs))
+
+    def _once(self, phase: Callable[[], Any], busy: float) -> _Run:
         if not self._cuda:
-            begin = time.perf_counter()
+            start = time.perf_counter()
             phase()
-            return time.perf_counter() - begin, 0.0, 0
+            return _Run(time.perf_counter() - start, 0.0, 0, ahead=True)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         held = torch.cuda.memory_allocated(self.device)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         # The device is kept busy while the host launches, so that its time has no gaps in it.
         keep_busy(busy)
-        first.record()
-        begin = time.perf_counter()
+        begin, launching = mark(), time.perf_counter()
         phase()
-        host = time.perf_counter() - begin
-        last.record()
+        host, ahead = time.perf_counter() - launching, not reached(begin)
+        end = mark()
         torch.cuda.synchronize(self.device)
         after = max(held, torch.cuda.memory_allocated(self.device))
-        return first.elapsed_time(last) / 1e3, host, max(0, torch.cuda.max_memory_allocated(self.device) - after)
+        workspace = max(0, torch.cuda.max_memory_allocated(self.device) - after)
+        return _Run(seconds_between(begin, end), host, workspace, ahead)
 
 
-def _run(phases: Sequence[Callable[[], Any]]) -> None:
-    for phase in phases:
-        phase()
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Of a phase; ``ahead`` says that the host was through before the device began."""
 
-
-def _mark() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def _durations(marks: Sequence[torch.cuda.Event]) -> list[float]:
-    """Seconds between marks, once the last has been reached."""
-    marks[-1].synchronize()
-    return [float(first.elapsed_time(last)) / 1e3 for first, last in pairwise(marks)]
+    seconds: float
+    host: float
+    workspace: int
+    ahead: bool
 
 
 class FlopMeter:
@@ -216,9 +184,8 @@ class FlopMeter:
             found.append(Phase(counter.get_total_flops() / self._flops + moved / self._bandwidth, self._host))
         return found
 
-    def under_load(self, phases: Sequence[Callable[[], Any]]) -> float | None:
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> None:
         """See :class:`Meter`: the rate that was given is what counts."""
-        return None
 
     def context(self) -> AbstractContextManager[Any]:
         """Attention as GPUs do it, without the matrix of all scores that it would make on the meta device."""

@@ -37,8 +37,8 @@ from lightning_zeroprompt.pipeline.weight_grad import WeightGradStore, defer_lin
 
 __all__ = ["LinkMeter", "machine_name", "model_fingerprint", "profile_chain"]
 
-LinkMeter = Callable[[Callable[[], None]], Link]
-"""Measures a link beside the work that it is given, a function that launches F, B and W of all distinct blocks."""
+LinkMeter = Callable[[Sequence[Callable[[], Any]]], Link]
+"""Measures a link beside the work that it is given: functions that launch F, B and W of all distinct blocks."""
 
 _STAGE = 4
 """Blocks in a row that show what a stage makes once, such as a mask or a bias."""
@@ -165,7 +165,7 @@ class _Profile:
     ) -> None:
         self._chain, self._meter, self._context, self._reduce_dtype = chain, meter, context, reduce_dtype
         self._known: dict[str, BlockCosts] = {}
-        self._rows: list[tuple[_Phases, float]] = []
+        self._rows: list[tuple[_Phases, list[float]]] = []
         self._outside_before, self._outside_behind, _ = chain.outside()
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -257,28 +257,25 @@ class _Profile:
             output=_bytes(one.outputs[0]),
         )
         self.forget_gradients()
-        self._rows.append((row, times * sum(phase.seconds for phase in split)))
+        self._rows.append((row, [times * phase.seconds for phase in split]))
         return self._costs([self._chain.blocks[index]], split, sizes)
 
     def slower_under_load(self) -> float:
         """How many times as long all distinct blocks take when the device has been at work for a while."""
-        seconds = self._meter.under_load(self._phases_of_rows())
+        loaded = self._meter.under_load(self._work())
         self.forget_gradients()
-        return 1.0 if seconds is None else max(1.0, seconds / sum(expected for _, expected in self._rows))
+        if loaded is None:
+            return 1.0
+        rested = [seconds for _, times in self._rows for seconds in times]
+        known = [(slow, rest) for slow, rest in zip(loaded, rested, strict=True) if slow is not None]
+        return max(1.0, sum(slow for slow, _ in known) / sum(rest for _, rest in known)) if known else 1.0
 
     def link(self, link: Link | LinkMeter) -> Link:
         """A link as it is given, or measured beside all distinct blocks."""
-        if isinstance(link, Link):
-            return link
-        phases = self._phases_of_rows()
+        return link if isinstance(link, Link) else link(self._work())
 
-        def work() -> None:
-            for phase in phases:
-                phase()
-
-        return link(work)
-
-    def _phases_of_rows(self) -> list[Callable[[], None]]:
+    def _work(self) -> list[Callable[[], None]]:
+        """F, B and W of each distinct block."""
         return [phase for row, _ in self._rows for phase in (row.forward, row.backward, row.weight)]
 
     def _phases(self, index: int, inputs: tuple[Any, ...], calls: Calls, times: int) -> _Phases:
