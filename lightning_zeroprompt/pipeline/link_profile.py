@@ -16,6 +16,7 @@ Cost: some 20 transfers alone, and 24 rounds of computations, half of them besid
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -123,12 +124,17 @@ def _beside(
     device = tensor.device
     _together(device)
     alone = medians(run_ahead(work, device, rounds=_ROUNDS), len(work))
-    known = [each for each in alone if each is not None]
-    share = _most(min(_WITH_EACH, math.ceil(statistics.median(known) / seconds)) if known else 1, device)
+    known = [each.seconds for each in alone if each is not None]
+    each = statistics.median(known) if known else seconds
+    share = _most(min(_WITH_EACH, math.ceil(each / seconds)), device)
+    apart = _most(math.ceil(seconds / each), device)
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     transfers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    turns = itertools.count()
 
     def launch() -> None:
+        if next(turns) % apart:
+            return
         # Transfers begin with the computation that they are launched with, however far ahead the host is.
         stream.wait_event(mark())
         with torch.cuda.stream(stream):
@@ -141,14 +147,16 @@ def _beside(
     spans = run_ahead(work, device, rounds=_ROUNDS, beside=launch)
     origin = transfers[0][0]
     moved = [(seconds_between(origin, begin), seconds_between(origin, end)) for begin, end in transfers]
+    worked = seconds_between(origin, spans[-1].end)
     rested = together = occupied = 0.0
     for span in spans:
         rest = alone[span.phase]
-        if rest is not None:
+        if span.ahead and rest is not None:
             first, last = seconds_between(origin, span.begin), seconds_between(origin, span.end)
-            rested, together = rested + rest, together + last - first
+            rested, together = rested + rest.seconds, together + last - first
             occupied += sum(max(0.0, min(stop, last) - max(start, first)) for start, stop in moved)
-    return statistics.median(stop - start for start, stop in moved), contention(rested, together, occupied)
+    beside = [stop - start for start, stop in moved if stop < worked] or [seconds]
+    return statistics.mean(beside), contention(rested, together, occupied)
 
 
 def contention(alone: float, together: float, occupied: float) -> float:

@@ -23,7 +23,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_zeroprompt.pipeline.run_ahead import LONGEST_BUSY, mark, medians, reached, run_ahead, seconds_between
+from lightning_zeroprompt.pipeline.run_ahead import (
+    LONGEST_BUSY,
+    Loaded,
+    mark,
+    medians,
+    reached,
+    run_ahead,
+    seconds_between,
+)
 from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy
 
 __all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase"]
@@ -69,8 +77,8 @@ class Meter(Protocol):
             moved: Bytes that a pass over the block reads or writes besides its operations' factors.
         """
 
-    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[float | None] | None:
-        """Seconds of each phase, one after another, once the device has been busy for a while.
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[Loaded | None] | None:
+        """What each phase takes, one after another, once the device has been busy for a while.
 
         Args:
             phases: As of :meth:`measure`.
@@ -110,7 +118,7 @@ class DeviceMeter:
             run += 1
         return [self._phase(runs[self._warmup :]) for runs in every]
 
-    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[float | None] | None:
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[Loaded | None] | None:
         """See :class:`Meter`."""
         if not self._cuda or self._load <= 0:
             return None

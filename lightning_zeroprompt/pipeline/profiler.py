@@ -86,7 +86,7 @@ def profile_chain(
                 costs, stream = profile.block(index, stream, calls)
                 blocks.append(costs)
             behind = profile.behind(step, stream)
-            slower = profile.slower_under_load()
+            device, host = profile.under_load()
             messages = profile.link(message)
             gathers = messages if gather is None else profile.link(gather)
             reductions = gathers if reduce is None else profile.link(reduce)
@@ -94,25 +94,29 @@ def profile_chain(
     finally:
         restore_linears(chain.root)
     return Costs(
-        blocks=tuple(_slowed(block, slower) for block in blocks),
+        blocks=tuple(_loaded(block, device, host) for block in blocks),
         message=messages,
         gather=gathers,
         reduce=reductions,
-        before=_slowed(before, slower),
-        behind=_slowed(behind, slower),
+        before=_loaded(before, device, host),
+        behind=_loaded(behind, device, host),
         host_action=host_action,
         model=model_fingerprint(chain),
         machine=machine_name(meter.device) if isinstance(meter, DeviceMeter) else "",
     )
 
 
-def _slowed(costs: BlockCosts, factor: float) -> BlockCosts:
+def _loaded(costs: BlockCosts, device: float, host: float) -> BlockCosts:
+    """With times that many times as long."""
     return replace(
         costs,
-        forward=factor * costs.forward,
-        backward=factor * costs.backward,
-        weight=factor * costs.weight,
-        full_backward=None if costs.full_backward is None else factor * costs.full_backward,
+        forward=device * costs.forward,
+        backward=device * costs.backward,
+        weight=device * costs.weight,
+        full_backward=None if costs.full_backward is None else device * costs.full_backward,
+        host_forward=host * costs.host_forward,
+        host_backward=host * costs.host_backward,
+        host_weight=host * costs.host_weight,
     )
 
 
@@ -165,7 +169,7 @@ class _Profile:
     ) -> None:
         self._chain, self._meter, self._context, self._reduce_dtype = chain, meter, context, reduce_dtype
         self._known: dict[str, BlockCosts] = {}
-        self._rows: list[tuple[_Phases, list[float]]] = []
+        self._rows: list[tuple[_Phases, list[Phase]]] = []
         self._outside_before, self._outside_behind, _ = chain.outside()
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -230,13 +234,13 @@ class _Profile:
 
         one.forward()
         moved = _bytes((inputs, one.outputs[0]))
-        split = self._meter.measure([one.forward, one.backward, one.weight], moved)
+        split = whole_row = self._meter.measure([one.forward, one.backward, one.weight], moved)
         whole = self._meter.measure([one.plain_forward, one.backward], moved)[1]
         row = one
         if times > 1:
             row = self._phases(index, inputs, calls, times)
-            per_block = self._meter.measure([row.forward, row.backward, row.weight], times * moved)
-            split = [phase.shared(times, alone) for phase, alone in zip(per_block, split, strict=True)]
+            whole_row = self._meter.measure([row.forward, row.backward, row.weight], times * moved)
+            split = [phase.shared(times, alone) for phase, alone in zip(whole_row, split, strict=True)]
             whole = self._meter.measure([row.plain_forward, row.backward], times * moved)[1].shared(times, whole)
         steps = self._meter.measure([optimizer.step], _bytes(parameters) * 4)[0] if optimizer else Phase(0.0, 0.0)
         del optimizer
@@ -257,18 +261,23 @@ class _Profile:
             output=_bytes(one.outputs[0]),
         )
         self.forget_gradients()
-        self._rows.append((row, [times * phase.seconds for phase in split]))
+        self._rows.append((row, whole_row))
         return self._costs([self._chain.blocks[index]], split, sizes)
 
-    def slower_under_load(self) -> float:
-        """How many times as long all distinct blocks take when the device has been at work for a while."""
+    def under_load(self) -> tuple[float, float]:
+        """How many times as long all distinct blocks take, and their host, when the device has been at work for long.
+
+        A host is slower behind a wait for its device than in the midst of a step; one that is far ahead waits, too.
+        """
         loaded = self._meter.under_load(self._work())
         self.forget_gradients()
-        if loaded is None:
-            return 1.0
-        rested = [seconds for _, times in self._rows for seconds in times]
-        known = [(slow, rest) for slow, rest in zip(loaded, rested, strict=True) if slow is not None]
-        return max(1.0, sum(slow for slow, _ in known) / sum(rest for _, rest in known)) if known else 1.0
+        rested = [phase for _, phases in self._rows for phase in phases]
+        known = [(now, rest) for now, rest in zip(loaded or [], rested, strict=False) if now is not None]
+        if not known:
+            return 1.0, 1.0
+        device = sum(now.seconds for now, _ in known) / sum(rest.seconds for _, rest in known)
+        host = sum(min(now.host, rest.host) for now, rest in known) / max(1e-9, sum(rest.host for _, rest in known))
+        return max(1.0, device), host
 
     def link(self, link: Link | LinkMeter) -> Link:
         """A link as it is given, or measured beside all distinct blocks."""

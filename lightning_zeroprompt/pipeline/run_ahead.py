@@ -23,7 +23,7 @@ import torch
 
 from lightning_zeroprompt.pipeline.torch_compat import keep_busy
 
-__all__ = ["LONGEST_BUSY", "Span", "mark", "medians", "reached", "run_ahead", "seconds_between"]
+__all__ = ["LONGEST_BUSY", "Loaded", "Span", "mark", "medians", "reached", "run_ahead", "seconds_between"]
 
 LONGEST_BUSY = 0.1
 """Seconds that a GPU is kept waiting for its host's launches at most."""
@@ -37,16 +37,33 @@ class Span:
         phase: Its number.
         begin: Reached when the GPU begins with it.
         end: Reached when it is done.
+        host: Seconds in which the host launched it; longer where it waited for the GPU, since it was far ahead.
+        ahead: Whether the host was through before the GPU began.
     """
 
     phase: int
     begin: torch.cuda.Event
     end: torch.cuda.Event
+    host: float
+    ahead: bool
 
     @property
     def seconds(self) -> float:
         """Once it is done."""
         return seconds_between(self.begin, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A phase on a GPU that is at work.
+
+    Attributes:
+        seconds: Of the GPU.
+        host: Seconds in which the host launches it, or more; see :class:`Span`.
+    """
+
+    seconds: float
+    host: float
 
 
 def run_ahead(
@@ -67,7 +84,7 @@ def run_ahead(
         beside: Called before every phase, to launch something on other streams.
 
     Returns:
-        The runs that the host launched ahead of the GPU, in order.
+        All runs, in order.
     """
     torch.cuda.synchronize(device)
     spans = []
@@ -78,26 +95,35 @@ def run_ahead(
             begin, launching = mark(), time.perf_counter()
             phase()
             host = time.perf_counter() - launching
-            if reached(begin):
+            ahead = not reached(begin)
+            spans.append(Span(index, begin, mark(), host, ahead))
+            if not ahead:
                 keep_busy(min(2 * host, LONGEST_BUSY))
-            else:
-                spans.append(Span(index, begin, mark()))
         done += 1
     torch.cuda.synchronize(device)
     return spans
 
 
-def medians(spans: Sequence[Span], phases: int) -> list[float | None]:
-    """Seconds of each phase, of the later half of its runs; None where there is none.
+def medians(spans: Sequence[Span], phases: int) -> list[Loaded | None]:
+    """What each phase takes, by the later half of its runs ahead; None where there is none.
 
     Args:
         spans: Of phases that have run.
         phases: How many there are.
     """
-    times: list[list[float]] = [[] for _ in range(phases)]
+    runs: list[list[Span]] = [[] for _ in range(phases)]
     for span in spans:
-        times[span.phase].append(span.seconds)
-    return [statistics.median(own[len(own) // 2 :]) if own else None for own in times]
+        runs[span.phase].append(span)
+    found: list[Loaded | None] = []
+    for own in runs:
+        ahead = [span.seconds for span in own if span.ahead]
+        host = [span.host for span in own]
+        found.append(Loaded(_late_median(ahead), _late_median(host)) if ahead else None)
+    return found
+
+
+def _late_median(values: Sequence[float]) -> float:
+    return statistics.median(values[len(values) // 2 :])
 
 
 def mark() -> torch.cuda.Event:

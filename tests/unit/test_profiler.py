@@ -13,6 +13,7 @@ from lightning_zeroprompt.pipeline.costs import Link, stage_costs
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.meters import DeviceMeter, FlopMeter, Phase
 from lightning_zeroprompt.pipeline.profiler import profile_chain
+from lightning_zeroprompt.pipeline.run_ahead import Loaded
 from lightning_zeroprompt.pipeline.weight_grad import DeferredLinear
 
 WIDTH, ROWS, CLASSES = 16, 6, 10
@@ -170,15 +171,17 @@ def test_times_are_those_of_a_device_under_load():
         def under_load(self, phases):
             for phase in phases:
                 phase()
-            return [None, *(3.0 * 2 * ROWS * 8 * WIDTH**2 for _ in phases[1:])]
+            return [None, *(Loaded(3.0 * 2 * ROWS * 8 * WIDTH**2, 1e-4) for _ in phases[1:])]
 
     with torch.device("meta"):
         model = Model()
-    cold, hot = (profiled(model, meter(flops=1.0, bandwidth=1e30)) for meter in (FlopMeter, Hot))
+    cold, hot = (profiled(model, meter(flops=1.0, bandwidth=1e30, host=2e-4)) for meter in (FlopMeter, Hot))
     for block, slow in zip((*cold.blocks, cold.behind), (*hot.blocks, hot.behind), strict=True):
         assert slow.forward == pytest.approx(3 * block.forward)
         assert slow.backward == pytest.approx(3 * block.backward)
         assert slow.weight == pytest.approx(3 * block.weight)
         assert slow.whole_backward == pytest.approx(3 * block.whole_backward)
-        assert (slow.state, slow.host_forward) == (block.state, block.host_forward)
+        assert slow.state == block.state
+        hosts = [[each.host_forward, each.host_backward, each.host_weight] for each in (slow, block)]
+        assert hosts[0] == pytest.approx([0.5 * host for host in hosts[1]])
     assert all(parameter.grad is None for parameter in model.parameters())
