@@ -5,8 +5,8 @@ Cases (``--cases``), each for every M of ``--micro-batches``: ``limit``, every r
 each batch's micro-batches in plain autograd and talks to nobody; and ``ZeroPPStrategy`` through the Trainer with the
 schedule of that name and ``--stages-per-rank``, or ``auto`` for estimated and ``auto-measured`` for measured costs.
 Forward and backward passes alone (the optimizer does nothing), bf16 parameters on GPUs, no dropout. Batches come from
-the DataModule, and fetching them counts in every case. The loss is that of the last batch that is timed, the token mean
-over all of it, and equal in all cases up to rounding.
+the DataModule, prepared by other processes (``--num-workers``); waiting for them counts in every case. The loss is that
+of the last batch that is timed, the token mean over all of it, and equal in all cases up to rounding.
 
 Example:
     zeroprompt-data compile --source parquet --path FOLDER --out corpus
@@ -60,7 +60,8 @@ def _data(bench: Bench, corpus: Corpus, micro_batches: int, steps: int) -> TaskD
     args = bench.args
     rows = args.rows * micro_batches
     lengths = {"encoder_length": args.encoder_length, "decoder_length": args.decoder_length}
-    return TaskDataModule(corpus, steps=steps, rows_per_batch=rows, **lengths)
+    workers = {"num_workers": args.num_workers, "pin_memory": bench.cuda}
+    return TaskDataModule(corpus, steps=steps, rows_per_batch=rows, **lengths, **workers)
 
 
 def run_limit(bench: Bench, corpus: Corpus, micro_batches: int) -> Measured:
@@ -132,6 +133,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16, help="of a micro-batch")
     parser.add_argument("--encoder-length", type=int, default=512)
     parser.add_argument("--decoder-length", type=int, default=128)
+    parser.add_argument("--num-workers", type=int, default=1, help="processes that prepare batches, on each rank")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=RECORDED_BATCH + 2, help="auto plans anew in it")
     parser.add_argument("--heat-s", type=float, default=2.0, help="of matrix products on GPUs before each case")
@@ -184,10 +186,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                     result["peak_gib"] = round(max(each.peaks[1] for each in everyone if each.peaks) / 2**30, 2)
                     text += f"  peak {result['peak_gib']:.2f} GiB"
                 if measured.predicted is not None:
-                    # Of passes alone: fetching a batch, and what the Trainer does, come on top.
+                    # Of passes alone: waiting for a batch, and what the Trainer does, come on top.
                     predicted, held = 1e3 * measured.predicted[0], measured.predicted[1] / 2**30
                     result |= {"predicted_ms": round(predicted, 2), "predicted_gib": round(held, 2)}
-                    text += f"  predicted {predicted:.1f} ms, {held:.2f} GiB"
+                    text += f"  predicted {predicted:.1f} ms ({predicted / (1e3 * median) - 1:+.1%}), {held:.2f} GiB"
                 bench.say(text)
                 results.append(result)
                 gc.collect()

@@ -16,7 +16,6 @@ Cost: some 20 transfers alone, and 24 rounds of computations, half of them besid
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import time
@@ -127,15 +126,12 @@ def _beside(
     known = [each.seconds for each in alone if each is not None]
     each = statistics.median(known) if known else seconds
     share = _most(min(_WITH_EACH, math.ceil(each / seconds)), device)
-    apart = _most(math.ceil(seconds / each), device)
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     transfers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-    turns = itertools.count()
 
     def launch() -> None:
-        if next(turns) % apart:
-            return
-        # Transfers begin with the computation that they are launched with, however far ahead the host is.
+        # Transfers begin no sooner than the computation that they are launched with, however far ahead the host is.
+        # There are always some that wait, so that none waits for the other ranks.
         stream.wait_event(mark())
         with torch.cuda.stream(stream):
             for _ in range(share):
@@ -156,7 +152,7 @@ def _beside(
             rested, together = rested + rest.seconds, together + last - first
             occupied += sum(max(0.0, min(stop, last) - max(start, first)) for start, stop in moved)
     beside = [stop - start for start, stop in moved if stop < worked] or [seconds]
-    return statistics.mean(beside), contention(rested, together, occupied)
+    return statistics.median(beside), contention(rested, together, occupied)
 
 
 def contention(alone: float, together: float, occupied: float) -> float:
