@@ -141,6 +141,10 @@ class Chain:
         """Whether this rank runs user code without some of the modules in it."""
         return bool(self._absent or self._released)
 
+    def makes_once(self, index: int) -> bool:
+        """Whether a block may use what a stage makes once; see :class:`StageMemo`."""
+        return self._takes_memo[index]
+
     # -- modules outside the blocks -------------------------------------------------------------------------------
 
     def outside(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Parameter]]:

@@ -59,6 +59,7 @@ class BlockCosts:
         state: Bytes held all the time with nothing sharded: weights, gradients, the optimizer's moments.
         activations: Bytes held from F to B, the block's input included.
         shared: Bytes held from F to B that the blocks of a stage make once, such as a mask; 0 for a whole stage.
+        shared_forward: Seconds in which F makes that; 0 for a whole stage.
         weight_inputs: Bytes held from B to W.
         output: Bytes of what goes to the next block, and of its gradient.
         workspace: Bytes that a task of the block takes while it runs, on top.
@@ -82,6 +83,7 @@ class BlockCosts:
     workspace: int = 0
     tensors: int = 0
     shared: int = 0
+    shared_forward: float = 0.0
 
     @property
     def work(self) -> float:
@@ -110,7 +112,8 @@ class BlockCosts:
             _check_number(f"{name}.{entry.name}", value, positive=computes and entry.name in ("forward", "backward"))
 
 
-_SUMMED = tuple(f.name for f in fields(BlockCosts) if f.name not in ("full_backward", "output", "workspace", "shared"))
+_NOT_SUMMED = ("full_backward", "output", "workspace", "shared", "shared_forward")
+_SUMMED = tuple(entry.name for entry in fields(BlockCosts) if entry.name not in _NOT_SUMMED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,21 +247,25 @@ class Costs:
             gpus: P.
             micro_batches: M of the pipeline.
         """
-        work = sum(block.forward + block.whole_backward for block in (self.before, *self.blocks, self.behind))
-        return micro_batches * work / gpus
+        [whole] = stage_costs(self, [(0, len(self.blocks))])
+        return micro_batches * (whole.forward + whole.whole_backward) / gpus
 
     def recomputed(self) -> Costs:
         """The same with every block under activation checkpointing: inputs alone are held, and B runs F once more."""
 
         def again(block: BlockCosts, held: int) -> BlockCosts:
+            # Each block runs by itself, and makes anew what others of its stage make, too.
+            forward = block.forward + block.shared_forward
             return replace(
                 block,
                 activations=min(held, block.activations),
-                backward=block.backward + block.forward,
+                forward=forward,
+                backward=block.backward + forward,
                 host_backward=block.host_backward + block.host_forward,
-                full_backward=block.whole_backward + block.forward,
+                full_backward=block.whole_backward + forward,
                 workspace=block.workspace + block.activations + block.shared,
                 shared=0,
+                shared_forward=0.0,
             )
 
         inputs = [self.blocks[0].output, *(block.output for block in self.blocks[:-1])]
@@ -385,7 +392,7 @@ def costs_of_ranks(measured: Sequence[Costs]) -> Costs:
 
     def joined(blocks: Sequence[BlockCosts]) -> BlockCosts:
         values: dict[str, float | None] = {}
-        for name in ("forward", "backward", "weight", "full_backward", "optimizer"):
+        for name in ("forward", "shared_forward", "backward", "weight", "full_backward", "optimizer"):
             times = [value for value in (getattr(block, name) for block in blocks) if value is not None]
             values[name] = math.fsum(times) / len(times) if times else None
         for name in ("host_forward", "host_backward", "host_weight"):
@@ -411,7 +418,7 @@ def stage_costs(costs: Costs, cuts: Sequence[tuple[int, int]]) -> list[BlockCost
 
     Returns:
         One for each stage; ``output`` is that of its last block, ``workspace`` the largest of its parts, and
-        ``activations`` have what its blocks share.
+        ``activations`` and ``forward`` have what its blocks share.
 
     Raises:
         ValueError: If the cuts do not cover all blocks, each once and in order.
@@ -432,6 +439,7 @@ def stage_costs(costs: Costs, cuts: Sequence[tuple[int, int]]) -> list[BlockCost
             parts.append(costs.behind)
         sums = {name: sum(getattr(part, name) for part in parts) for name in _SUMMED}
         sums["activations"] += max(part.shared for part in parts)
+        sums["forward"] += max(part.shared_forward for part in parts)
         stages.append(
             BlockCosts(
                 **sums,

@@ -48,15 +48,29 @@ class Phase:
     host: float
     workspace: int = 0
 
-    def shared(self, times: int, alone: Phase) -> Phase:
-        """Of one of so many blocks in a row.
+    def split(self, times: int, alone: Phase, *, once: bool = False) -> tuple[Phase, Phase]:
+        """What one of so many blocks in a row takes, and what a call takes besides, however many blocks it runs.
 
         Args:
             times: Blocks that this was measured with.
-            alone: Of one block by itself. What a call costs the host however many blocks it runs is no block's part:
-                ``Costs.host_action`` has it.
+            alone: Of one block by itself.
+            once: Whether the device makes something once a call; else all that it does counts as the blocks'.
         """
-        return Phase(self.seconds / times, max(0.0, self.host - alone.host) / (times - 1), alone.workspace)
+        each = (self.seconds - alone.seconds) / (times - 1) if once else self.seconds / times
+        block = Phase(
+            max(each, self.seconds / times / 2), max(0.0, self.host - alone.host) / (times - 1), alone.workspace
+        )
+        return block, Phase(max(0.0, alone.seconds - block.seconds), max(0.0, alone.host - block.host))
+
+    def without(self, call: Phase, *, once: bool = False) -> Phase:
+        """What a block alone takes without its call.
+
+        Args:
+            call: Of a block that was measured in a row, too.
+            once: As for :meth:`split`.
+        """
+        seconds = max(self.seconds - call.seconds, self.seconds / 2) if once else self.seconds
+        return Phase(seconds, max(self.host - call.host, self.host / 2), self.workspace)
 
 
 class Meter(Protocol):

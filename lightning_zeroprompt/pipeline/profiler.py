@@ -41,7 +41,7 @@ LinkMeter = Callable[[Sequence[Callable[[], Any]]], Link]
 """Measures a link beside the work that it is given: functions that launch F, B and W of all distinct blocks."""
 
 _STAGE = 4
-"""Blocks in a row that show what a stage makes once, such as a mask or a bias."""
+"""Blocks in a row that show what a stage holds once, such as a mask or a bias."""
 _ADAM_BYTES = 8
 """Bytes of Adam's two moments a parameter, in float32."""
 
@@ -111,6 +111,7 @@ def _loaded(costs: BlockCosts, device: float, host: float) -> BlockCosts:
     return replace(
         costs,
         forward=device * costs.forward,
+        shared_forward=device * costs.shared_forward,
         backward=device * costs.backward,
         weight=device * costs.weight,
         full_backward=None if costs.full_backward is None else device * costs.full_backward,
@@ -170,6 +171,8 @@ class _Profile:
         self._chain, self._meter, self._context, self._reduce_dtype = chain, meter, context, reduce_dtype
         self._known: dict[str, BlockCosts] = {}
         self._rows: list[tuple[_Phases, list[Phase]]] = []
+        # What calls of F, B and W take besides blocks, by the last row that was measured.
+        self._call = [Phase(0.0, 0.0)] * 3
         self._outside_before, self._outside_behind, _ = chain.outside()
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -234,14 +237,19 @@ class _Profile:
 
         one.forward()
         moved = _bytes((inputs, one.outputs[0]))
-        split = whole_row = self._meter.measure([one.forward, one.backward, one.weight], moved)
+        # What blocks make once a call is made in F.
+        once = [self._chain.makes_once(index), False, False]
+        alone = loaded = self._meter.measure([one.forward, one.backward, one.weight], moved)
         whole = self._meter.measure([one.plain_forward, one.backward], moved)[1]
         row = one
         if times > 1:
             row = self._phases(index, inputs, calls, times)
-            whole_row = self._meter.measure([row.forward, row.backward, row.weight], times * moved)
-            split = [phase.shared(times, alone) for phase, alone in zip(whole_row, split, strict=True)]
-            whole = self._meter.measure([row.plain_forward, row.backward], times * moved)[1].shared(times, whole)
+            loaded = self._meter.measure([row.forward, row.backward, row.weight], times * moved)
+            parts = [now.split(times, by, once=made) for now, by, made in zip(loaded, alone, once, strict=True)]
+            split, self._call = [block for block, _ in parts], [call for _, call in parts]
+            whole, _ = self._meter.measure([row.plain_forward, row.backward], times * moved)[1].split(times, whole)
+        else:
+            split = [phase.without(by, once=made) for phase, by, made in zip(alone, self._call, once, strict=True)]
         steps = self._meter.measure([optimizer.step], _bytes(parameters) * 4)[0] if optimizer else Phase(0.0, 0.0)
         del optimizer
         held, shared = self._activations(one.forward), 0
@@ -257,11 +265,12 @@ class _Profile:
             optimizer=steps.seconds,
             activations=held - shared,
             shared=shared,
+            shared_forward=self._call[0].seconds if once[0] else 0.0,
             weight_inputs=waiting,
             output=_bytes(one.outputs[0]),
         )
         self.forget_gradients()
-        self._rows.append((row, whole_row))
+        self._rows.append((row, loaded))
         return self._costs([self._chain.blocks[index]], split, sizes)
 
     def under_load(self) -> tuple[float, float]:

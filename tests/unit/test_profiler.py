@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_zeroprompt.models import Text2TextModule
+from lightning_zeroprompt.pipeline.chain import Chain
 from lightning_zeroprompt.pipeline.costs import Link, stage_costs
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.meters import DeviceMeter, FlopMeter, Phase
@@ -161,9 +162,66 @@ def test_a_row_of_blocks_makes_once_what_a_stage_makes_once():
 def test_what_a_call_costs_the_host_is_no_part_of_a_block():
     call, block = 0.4, 0.3
     alone, row = (Phase(times * 1.5, call + times * block, times * 7) for times in (1, 4))
-    shared = row.shared(4, alone)
-    assert (shared.seconds, shared.host, shared.workspace) == (1.5, pytest.approx(block), 7)
-    assert Phase(1.0, 0.1).shared(4, Phase(1.0, 0.2)).host == 0
+    each, besides = row.split(4, alone)
+    assert (each.seconds, each.host, each.workspace) == (1.5, pytest.approx(block), 7)
+    assert (besides.seconds, besides.host) == (0, pytest.approx(call))
+    assert Phase(1.0, 0.1).split(4, Phase(1.0, 0.2))[0].host == 0
+    head = Phase(2.0, call + 0.2, 5).without(besides)
+    assert (head.seconds, head.host, head.workspace) == (2.0, pytest.approx(0.3), 5)  # never less than half
+    assert Phase(2.0, call + 0.6).without(besides).host == pytest.approx(0.6)
+
+
+def test_what_a_device_makes_once_a_call_is_no_part_of_a_block():
+    made, block = 0.6, 1.5
+    alone, row = (Phase(made + times * block, 0.0) for times in (1, 4))
+    each, besides = row.split(4, alone, once=True)
+    assert (each.seconds, besides.seconds) == (pytest.approx(block), pytest.approx(made))
+    assert Phase(made + 0.9, 0.0).without(besides, once=True).seconds == pytest.approx(0.9)
+    # Without that, a call is what its blocks take.
+    assert row.split(4, alone)[0].seconds == pytest.approx(block + made / 4)
+
+
+def test_a_stage_makes_once_what_its_blocks_share():
+    class Clock(DeviceMeter):
+        """A block takes 3 s, what a stage makes 2 s; B and W take a second a block."""
+
+        def measure(self, phases, moved):
+            found = []
+            for phase in phases:
+                del ran[:]
+                phase()
+                blocks = ran.count("block")
+                found.append(Phase(2.0 * ran.count("once") + 3.0 * blocks if blocks else 1.0, 0.0))
+            return found
+
+    ran = []
+
+    class Noted(Masked):
+        def forward(self, x, memo):
+            ran.append("block")
+            return self.linear(x) * memo.once("mask", lambda: ran.append("once") or torch.ones(WIDTH))
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Noted(), Noted(), Noted()])
+
+        def forward(self, x):
+            raise AssertionError
+
+    model = Whole()
+    root = nn.Module()
+    root.model = model
+    chain = Chain(root, list(model.blocks), model)
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    costs = profile_chain(chain, lambda: root.model(x).sum(), Clock(torch.device("cpu")), message=LINK)
+    assert [(block.forward, block.shared_forward) for block in costs.blocks] == [(3.0, 2.0)] * 3
+    one, two = stage_costs(costs, [(0, 1), (1, 3)])
+    assert (one.forward, two.forward, two.shared_forward) == (5.0, 8.0, 0.0)
+    again = costs.recomputed()
+    assert [stage.forward for stage in stage_costs(again, [(0, 1), (1, 3)])] == [5.0, 10.0]
+    assert again.blocks[0].backward == costs.blocks[0].backward + 5.0
+    assert costs.ideal_seconds(1, 1) == pytest.approx(2.0 + 3 * (3.0 + costs.blocks[0].whole_backward))
 
 
 def test_times_are_those_of_a_device_under_load():
