@@ -2,6 +2,7 @@
 """Costs of blocks against what can be counted by hand."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_zeroprompt.models import Text2TextModule
 from lightning_zeroprompt.pipeline.chain import Chain
-from lightning_zeroprompt.pipeline.costs import Link, stage_costs
+from lightning_zeroprompt.pipeline.costs import BlockCosts, Link, stage_costs
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.meters import DeviceMeter, FlopMeter, Phase
 from lightning_zeroprompt.pipeline.profiler import profile_chain
@@ -216,6 +217,8 @@ def test_a_stage_makes_once_what_its_blocks_share():
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
     costs = profile_chain(chain, lambda: root.model(x).sum(), Clock(torch.device("cpu")), message=LINK)
     assert [(block.forward, block.shared_forward) for block in costs.blocks] == [(3.0, 2.0)] * 3
+    # Blocks alone: what is in front of them and behind them is the same in all cases.
+    costs = replace(costs, before=BlockCosts(), behind=BlockCosts())
     one, two = stage_costs(costs, [(0, 1), (1, 3)])
     assert (one.forward, two.forward, two.shared_forward) == (5.0, 8.0, 0.0)
     again = costs.recomputed()
