@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a function on several ranks of one machine, as a launcher would start it.
 
-Each rank is a fresh process (spawned, so that no thread or lock of the parent is copied) with the environment
-variables that torchrun and Lightning read, so inside it ``Trainer(devices=N, accelerator="cpu")`` or
-``init_process_group("gloo")`` simply work. Ranks stand in for GPUs: gloo has the same collectives. Cost: the imports
-of one process a rank, some 5 s; ``RankPool`` pays them once for many calls.
+Each rank is a fresh process (no thread or lock of the parent is copied) with the environment variables that torchrun
+and Lightning read, so inside it ``Trainer(devices=N, accelerator="cpu")`` or ``init_process_group("gloo")`` simply
+work. Ranks stand in for GPUs: gloo has the same collectives. Cost: one process's imports, some 5 s, at the first call.
 """
 
 from collections.abc import Callable

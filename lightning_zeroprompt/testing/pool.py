@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that outlive a test: a process imports torch and Lightning once, not once a test.
+"""Ranks that outlive a test: torch and Lightning are imported once, not once a test and rank.
 
-A rank is a spawned process (no thread or lock of the parent is copied) that waits for tasks. Each task finds what a
+A rank is a process that waits for tasks. It is forked from a server that has imported and done nothing else, so that no
+thread or lock of the parent is copied; where there are no such servers it is spawned. Each task finds what a
 launcher would give it: the environment variables that torchrun and Lightning read, with a port of its own, on top of
 the caller's environment and folder. Behind it process groups are destroyed and types, threads and random numbers put
 back. What a task changes in modules (a patched function, a registry) stays: patch and unpatch in the task itself.
@@ -25,6 +26,9 @@ from types import TracebackType
 from typing import Any, Self
 
 __all__ = ["RankPool"]
+
+_IMPORTED = ("lightning.pytorch", "lightning_zeroprompt.strategies", "lightning_zeroprompt.models.module")
+"""What the server imports for all ranks."""
 
 
 class RankPool:
@@ -103,7 +107,12 @@ class RankPool:
         self._ranks = []
 
     def _start(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: Any
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(list(_IMPORTED))
+        else:
+            context = multiprocessing.get_context("spawn")
         while len(self._ranks) < world_size:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, self._threads), daemon=True)

@@ -226,7 +226,10 @@ def test_a_multirun_has_a_folder_a_job_and_goes_on_after_a_failure(finished, roo
     assert all(ids and ids <= all_ids for ids, all_ids in zip(trained, chosen, strict=True))
 
 
-@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "DDPStrategy"), ("fsdp2", "ModelParallelStrategy")])
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [("ddp", "DDPStrategy"), pytest.param("fsdp2", "ModelParallelStrategy", marks=pytest.mark.slow)],
+)
 def test_ranks_of_a_multirun_job_share_one_configuration(finished, root, strategy, kind):
     sweep = root / strategy
     shared = (*TINY, *EVALUATION, "trainer.max_steps=2", f"paths.compiled_dir={root / 'compiled'}")
