@@ -8,8 +8,8 @@ take multiprocessors from them.
 
 Alternatives: a collective's own benchmark (nccl-tests) knows nothing of computations; fitting all four numbers to
 recorded steps mixes them with the schedule's waits. What computations lose depends on how many waves of tiles their
-kernels are: products of 4096 x 4096 lost 1.64 x to transfers beside which layers of a model lost 1.2 x
-(benchmarks/RESULTS.md). One transfer beside one layer is over within a slow host's gaps between launches.
+kernels are: products of 4096 x 4096 lost 1.64 x to gathers through the host's memory, and a step was predicted 21 %
+too long (benchmarks/RESULTS.md). One transfer beside one layer is over within a slow host's gaps between launches.
 
 Cost: some 20 transfers alone, and 24 rounds of computations, half of them beside transfers.
 """

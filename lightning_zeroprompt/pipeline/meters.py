@@ -3,8 +3,8 @@
 
 * :class:`DeviceMeter` times: on a GPU by events, with the GPU kept busy while the host launches, and how long launching
   took by the host's clock; medians of a few repeats. Memory on a GPU is the allocator's. Alone, work meets a GPU at
-  rest; how fast it is at work is seen behind a second of the same work: matrix products in its place draw more power
-  than most models, and took clocks 16 % lower than a T5's own kernels did (benchmarks/RESULTS.md).
+  rest; how fast it is at work is seen within a second of the same work. Behind matrix products, which draw more power
+  than a T5's kernels, its steps were predicted up to 11 % too long (benchmarks/RESULTS.md).
 * :class:`FlopMeter` counts operations with ``torch.utils.flop_counter``, on the meta device too, and divides by a rate:
   a model that does not fit, on a machine that one does not have.
 """
