@@ -205,25 +205,19 @@ def test_a_multirun_has_a_folder_a_job_and_goes_on_after_a_failure(finished, roo
     shared = (*TINY, *EVALUATION, "trainer.max_steps=2", "callbacks=none", f"paths.compiled_dir={root / 'compiled'}")
     shared = [text for text in shared if not text.startswith("data.num_tasks")]
     done = command("-m", *shared, f"hydra.sweep.dir={sweep}", "hydra.sweep.subdir=${hydra.job.num}",
-                   "data.num_tasks=31,5,10")  # fmt: skip
+                   "data.num_tasks=31,10")  # fmt: skip
     assert done.returncode != 0
     assert "asked for 31 training tasks; the corpus has 30" in done.stderr
     assert "data.num_tasks=31" in done.stderr
     assert not (sweep / "0" / "results.json").exists()
-    five, ten = results(sweep / "1"), results(sweep / "2")
-    assert (five["num_tasks"], ten["num_tasks"]) == (5, 10)
-    assert five["steps"] == ten["steps"] == 2
-    # Packing fills rows to within a few positions of the same share.
-    assert five["tokens_trained"] == pytest.approx(ten["tokens_trained"], rel=0.1)
+    found = results(sweep / "1")
+    assert (found["num_tasks"], found["steps"]) == (10, 2)
     (folder,) = (root / "compiled").glob("builtin-*")
     tasks = Corpus.open(folder).tasks
-    trained = [
-        {row["task_id"] for row in csv.DictReader((sweep / job / "results.csv").open()) if row["level"] == "instance"}
-        for job in "12"
-    ]
-    chosen = [{tasks[index].task_id for index in select_tasks(tasks, count, 0)} for count in (5, 10)]
-    assert chosen[0] < chosen[1]
-    assert all(ids and ids <= all_ids for ids, all_ids in zip(trained, chosen, strict=True))
+    trained = {row["task_id"] for row in csv.DictReader((sweep / "1" / "results.csv").open())
+               if row["level"] == "instance"}  # fmt: skip
+    assert trained
+    assert trained <= {tasks[index].task_id for index in select_tasks(tasks, 10, 0)}
 
 
 @pytest.mark.parametrize(
