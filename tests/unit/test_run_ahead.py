@@ -20,10 +20,11 @@ class Gpu:
     def __init__(self, hosts, contention=1.0):
         self.now, self.busy, self.free = 0.0, 0.0, {"work": 0.0, "side": 0.0}
         self.stream, self.hosts, self.contention, self.transfers = "work", hosts, contention, []
+        self.draw = random.Random(0)
 
     def launch(self, seconds, kernels=4):
         for _ in range(kernels):
-            self.now += self.hosts()
+            self.now += self.hosts(self.draw)
             begin = max(self.free["work"], self.now)
             self.free["work"] = self._slowed(begin, seconds)
             self.busy += seconds
@@ -93,13 +94,12 @@ class Gpu:
         return [lambda seconds=seconds: self.launch(seconds) for seconds in KERNELS]
 
 
-UNEVEN = random.Random(0)
 HOSTS = {
-    "quick": lambda: 1e-5,
-    "as quick as the device": lambda: 1e-3,
-    "slow": lambda: 2e-3,
-    "uneven": lambda: UNEVEN.expovariate(1e3),
-    "stalls for longer than a device is kept busy": lambda: 0.15 if UNEVEN.random() < 0.2 else 1e-5,
+    "quick": lambda draw: 1e-5,
+    "as quick as the device": lambda draw: 1e-3,
+    "slow": lambda draw: 2e-3,
+    "uneven": lambda draw: draw.expovariate(1e3),
+    "stalls for longer than a device is kept busy": lambda draw: 0.15 if draw.random() < 0.2 else 1e-5,
 }
 
 
@@ -124,15 +124,15 @@ def test_a_meter_sees_the_devices_time(host, monkeypatch):
         assert phase.seconds == pytest.approx(4 * seconds)
         assert phase.workspace == 5
         if host.split()[0] not in ("uneven", "stalls"):
-            assert phase.host == pytest.approx(4 * HOSTS[host]())
+            assert phase.host == pytest.approx(4 * HOSTS[host](None))
     loaded = meter.under_load(gpu.phases)
     assert [phase.seconds for phase in loaded] == pytest.approx([4 * seconds for seconds in KERNELS])
     if host.split()[0] not in ("uneven", "stalls"):
-        assert [phase.host for phase in loaded] == pytest.approx([4 * HOSTS[host]()] * 3)
+        assert [phase.host for phase in loaded] == pytest.approx([4 * HOSTS[host](None)] * 3)
 
 
 def test_a_device_that_slows_down_is_measured_when_it_has(monkeypatch):
-    gpu = Gpu(lambda: 1e-3).use(monkeypatch)
+    gpu = Gpu(lambda draw: 1e-3).use(monkeypatch)
 
     def hot():
         gpu.launch(1e-3 if gpu.now < 0.6 else 1.5e-3)
