@@ -109,7 +109,7 @@ def search(folder, output, strategy, devices=1, spy=False, ckpt_path=None, steps
     return json.dumps(callback.records), sum(scored)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zeropp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "zeropp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_ranks_find_what_one_process_finds(run_ranks, folder, tmp_path, strategy):
     alone, pairs = search(folder, str(tmp_path / "one"), "auto", spy=True)
     found = run_ranks(search, 2, folder, str(tmp_path / "two"), strategy, 2, True)

@@ -140,7 +140,10 @@ def test_private_names_of_torch_are_touched_in_one_file_alone():
 
 @pytest.mark.parametrize(
     "order",
-    ["import lightning_zeroprompt, lightning.pytorch as pl", "import lightning.pytorch as pl, lightning_zeroprompt"],
+    [
+        "import lightning_zeroprompt, lightning.pytorch as pl",
+        pytest.param("import lightning.pytorch as pl, lightning_zeroprompt", marks=pytest.mark.slow),
+    ],
 )
 def test_importing_the_package_registers_the_strategy(order):
     program = f"""{order}
@@ -154,7 +157,10 @@ assert type(trainer.strategy).__name__ == "ZeroPPStrategy" and trainer.world_siz
 
 @pytest.mark.parametrize(
     "order",
-    ["import lightning_zeroprompt, pytorch_lightning as pl", "import pytorch_lightning as pl, lightning_zeroprompt"],
+    [
+        "import lightning_zeroprompt, pytorch_lightning as pl",
+        pytest.param("import pytorch_lightning as pl, lightning_zeroprompt", marks=pytest.mark.slow),
+    ],
 )
 def test_a_trainer_of_the_other_package_says_what_to_use(order):
     program = f"""{order}
