@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_zeroprompt.pipeline.costs import Link
-from lightning_zeroprompt.pipeline.run_ahead import mark, medians, run_ahead, seconds_between
+from lightning_zeroprompt.pipeline.meters import medians
+from lightning_zeroprompt.pipeline.run_ahead import mark, run_ahead, seconds_between
 from lightning_zeroprompt.pipeline.torch_compat import keep_busy
 
 __all__ = ["contention", "measure_link", "slowest_link"]

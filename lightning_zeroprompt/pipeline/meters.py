@@ -23,18 +23,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_zeroprompt.pipeline.run_ahead import (
-    LONGEST_BUSY,
-    Loaded,
-    mark,
-    medians,
-    reached,
-    run_ahead,
-    seconds_between,
-)
+from lightning_zeroprompt.pipeline.run_ahead import LONGEST_BUSY, Span, mark, reached, run_ahead, seconds_between
 from lightning_zeroprompt.pipeline.torch_compat import fused_attention, keep_busy
 
-__all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase"]
+__all__ = ["DeviceMeter", "FlopMeter", "Meter", "Phase", "medians"]
 
 _SEEN = 5
 """Runs whose hosts say how long the next one may need."""
@@ -91,7 +83,7 @@ class Meter(Protocol):
             moved: Bytes that a pass over the block reads or writes besides its operations' factors.
         """
 
-    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[Loaded | None] | None:
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[Phase | None] | None:
         """What each phase takes, one after another, once the device has been busy for a while.
 
         Args:
@@ -132,7 +124,7 @@ class DeviceMeter:
             run += 1
         return [self._phase(runs[self._warmup :]) for runs in every]
 
-    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[Loaded | None] | None:
+    def under_load(self, phases: Sequence[Callable[[], Any]]) -> list[Phase | None] | None:
         """See :class:`Meter`."""
         if not self._cuda or self._load <= 0:
             return None
@@ -179,6 +171,28 @@ class _Run:
     host: float
     workspace: int
     ahead: bool
+
+
+def medians(spans: Sequence[Span], phases: int) -> list[Phase | None]:
+    """What each phase takes, by the later half of its runs ahead; None where there is none.
+
+    Args:
+        spans: Of phases that have run.
+        phases: How many there are.
+    """
+    runs: list[list[Span]] = [[] for _ in range(phases)]
+    for span in spans:
+        runs[span.phase].append(span)
+    found: list[Phase | None] = []
+    for own in runs:
+        ahead = [span.seconds for span in own if span.ahead]
+        host = [span.host for span in own]
+        found.append(Phase(_late_median(ahead), _late_median(host)) if ahead else None)
+    return found
+
+
+def _late_median(values: Sequence[float]) -> float:
+    return statistics.median(values[len(values) // 2 :])
 
 
 class FlopMeter:

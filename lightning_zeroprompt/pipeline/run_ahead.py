@@ -13,7 +13,6 @@ Cost: two events a phase.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 
 from lightning_zeroprompt.pipeline.torch_compat import keep_busy
 
-__all__ = ["LONGEST_BUSY", "Loaded", "Span", "mark", "medians", "reached", "run_ahead", "seconds_between"]
+__all__ = ["LONGEST_BUSY", "Span", "mark", "reached", "run_ahead", "seconds_between"]
 
 LONGEST_BUSY = 0.1
 """Seconds that a GPU is kept waiting for its host's launches at most."""
@@ -51,19 +50,6 @@ class Span:
     def seconds(self) -> float:
         """Once it is done."""
         return seconds_between(self.begin, self.end)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A phase on a GPU that is at work.
-
-    Attributes:
-        seconds: Of the GPU.
-        host: Seconds in which the host launches it, or more; see :class:`Span`.
-    """
-
-    seconds: float
-    host: float
 
 
 def run_ahead(
@@ -102,28 +88,6 @@ def run_ahead(
         done += 1
     torch.cuda.synchronize(device)
     return spans
-
-
-def medians(spans: Sequence[Span], phases: int) -> list[Loaded | None]:
-    """What each phase takes, by the later half of its runs ahead; None where there is none.
-
-    Args:
-        spans: Of phases that have run.
-        phases: How many there are.
-    """
-    runs: list[list[Span]] = [[] for _ in range(phases)]
-    for span in spans:
-        runs[span.phase].append(span)
-    found: list[Loaded | None] = []
-    for own in runs:
-        ahead = [span.seconds for span in own if span.ahead]
-        host = [span.host for span in own]
-        found.append(Loaded(_late_median(ahead), _late_median(host)) if ahead else None)
-    return found
-
-
-def _late_median(values: Sequence[float]) -> float:
-    return statistics.median(values[len(values) // 2 :])
 
 
 def mark() -> torch.cuda.Event:

@@ -88,3 +88,10 @@ def test_behind_a_failure_tasks_get_new_ranks():
         with pytest.raises(RuntimeError, match=r"(?s)rank [01] of 2 raised.*ValueError: invalid literal for int"):
             pool.run(int, 2, "no number")
         assert not set(before) & set(pool.run(os.getpid, 2))
+
+
+def test_ranks_are_forked_from_one_server_that_is_not_the_caller(run_ranks):
+    """What it has imported is then there for all; a parent's threads and locks are not."""
+    parents = set(run_ranks(os.getppid, 2))
+    assert len(parents) == 1
+    assert os.getpid() not in parents

@@ -15,7 +15,6 @@ from lightning_zeroprompt.pipeline.costs import BlockCosts, Link, stage_costs
 from lightning_zeroprompt.pipeline.find_chain import find_chain
 from lightning_zeroprompt.pipeline.meters import DeviceMeter, FlopMeter, Phase
 from lightning_zeroprompt.pipeline.profiler import profile_chain
-from lightning_zeroprompt.pipeline.run_ahead import Loaded
 from lightning_zeroprompt.pipeline.weight_grad import DeferredLinear
 
 WIDTH, ROWS, CLASSES = 16, 6, 10
@@ -232,7 +231,7 @@ def test_times_are_those_of_a_device_under_load():
         def under_load(self, phases):
             for phase in phases:
                 phase()
-            return [None, *(Loaded(3.0 * 2 * ROWS * 8 * WIDTH**2, 1e-4) for _ in phases[1:])]
+            return [None, *(Phase(3.0 * 2 * ROWS * 8 * WIDTH**2, 1e-4) for _ in phases[1:])]
 
     with torch.device("meta"):
         model = Model()
